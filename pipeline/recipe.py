@@ -1,0 +1,97 @@
+"""Recipes: YAML read under a JSON Schema, refused whole when anything in it is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import jsonschema
+import yaml
+
+from pipeline.errors import BuildError, Problems
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys silently; a recipe must not lose a line that way."""
+
+
+def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+        seen.add(key)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def parse(text: str, name: str) -> Any:
+    """Read YAML.
+
+    Args:
+        text: the document.
+        name: what to call it in errors, usually its path.
+
+    Raises:
+        BuildError: it is not YAML, or a key stands twice; with line and column.
+    """
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        raise BuildError(f"{place}: {error.problem}", f"correct {name}") from None
+    except yaml.YAMLError as error:
+        raise BuildError(f"{name}: not YAML: {error}", f"correct {name}") from None
+
+
+def check(data: Any, schema: Mapping[str, Any], name: str) -> Problems:
+    """Hold data against a JSON Schema and return everything that is wrong, with dotted paths."""
+    problems = Problems()
+    validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+    for error in validator.iter_errors(data):
+        problems.add(dotted(error.absolute_path) or name, _sentence(error))
+    return problems
+
+
+def load(path: Path, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a recipe.
+
+    Raises:
+        BuildError: missing, not YAML, or against its schema; all problems at once, with dotted paths.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BuildError(f"{path} does not exist", f"ls {path.parent}") from None
+    data = parse(text, str(path))
+    check(data, schema, str(path)).raise_if_any(str(path), f"correct {path}")
+    result: dict[str, Any] = data
+    return result
+
+
+def dotted(path: Any) -> str:
+    """`['directors', 1, 'name']` as `directors[1].name`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
+    return text
+
+
+def _sentence(error: jsonschema.ValidationError) -> str:
+    schema = cast(Any, error.schema)
+    wanted = cast(Any, error.validator_value)
+    kind = str(error.validator)
+    if kind == "additionalProperties":
+        known = set(schema.get("properties", {}))
+        unknown = sorted(str(key) for key in error.instance if key not in known)
+        return f"unknown key {', '.join(unknown)} (known: {', '.join(sorted(known))})"
+    if kind == "required":
+        missing = [key for key in wanted if key not in error.instance]
+        return f"missing key {', '.join(missing)}"
+    return str(error.message)
