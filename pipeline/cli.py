@@ -3,13 +3,65 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from pipeline import progress
+from invoke import task
+
+from pipeline import progress, settings
 from pipeline.errors import BuildError
+
+# The flags that many tasks share: keyword, default, help.
+FLAGS: dict[str, tuple[Any, str]] = {
+    "offline": (False, "use only what the store holds; never open a connection"),
+    "locked": (False, "fail when a pinned source is gone, instead of using the newest of its series"),
+    "dry_run": (False, "say what would be done, and do nothing"),
+    "keep": (False, "leave a failed machine running, with its console log and ssh line"),
+}
+_ALWAYS: dict[str, tuple[Any, str]] = {
+    "debug": (False, "show every command, and a traceback where something fails"),
+    "progress_form": ("auto", "auto, plain or json (one JSON object a line)"),
+}
+
+
+def command(*flags: str, help: dict[str, str] | None = None, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function an invoke task behind the boundary.
+
+    Args:
+        flags: which of `FLAGS` the task takes; they reach `pipeline.settings.current`, not the function.
+        help: per parameter of the function.
+        options: for `invoke.task` (name, aliases, positional, iterable).
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        shared = {**{name: FLAGS[name] for name in flags}, **_ALWAYS}
+        body = boundary(function)
+
+        @functools.wraps(function)
+        def wrapped(context: Any, *args: Any, **kwargs: Any) -> Any:
+            asked = {name: kwargs.pop(name) for name in shared}
+            progress.configure(str(asked.pop("progress_form")), debug=bool(asked.pop("debug")))
+            for name, value in asked.items():
+                setattr(settings.current, name, value)
+            os.chdir(settings.TOP)
+            return body(context, *args, **kwargs)
+
+        signature = inspect.signature(function)
+        extra = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+            for name, (default, _) in shared.items()
+        ]
+        wrapped.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*signature.parameters.values(), *extra]
+        )
+        texts = {name: text for name, (_, text) in shared.items()}
+        return task(help={**(help or {}), **texts}, auto_shortflags=False, **options)(wrapped)
+
+    return decorate
 
 
 def boundary(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,8 +81,8 @@ def boundary(function: Callable[..., Any]) -> Callable[..., Any]:
             fail(_from_os(error))
         except KeyboardInterrupt:
             fail(BuildError("interrupted", "the same command goes on where it stopped"), status=130)
-        for line in progress.summary():
-            print(line, file=sys.stderr)
+        if progress.worked():
+            progress.table()
         return result
 
     return wrapped
@@ -46,6 +98,6 @@ def _from_os(error: OSError) -> BuildError:
     place = error.filename or "the system"
     if error.errno == 28:
         return BuildError(
-            f"{place}: the disk is full", "invoke clean --store   (or set LVSFORGE_STORE to a larger disk)"
+            f"{place}: the disk is full", "invoke clean --store   (or set LVSFORGE_STORE to a folder on a larger disk)"
         )
     return BuildError(f"{place}: {error.strerror or error}", "the same command with --debug shows where")

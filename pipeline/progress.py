@@ -81,8 +81,9 @@ class JsonLines:
 class _State:
     monitor: Monitor = field(default_factory=lambda: Plain(sys.stderr))
     depth: int = 0
+    begun: int = 0
     debug: bool = False
-    durations: list[tuple[str, float]] = field(default_factory=list)
+    durations: list[tuple[int, str, float]] = field(default_factory=list)
     reused: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
@@ -112,7 +113,8 @@ def configure(form: str = "auto", *, debug: bool = False) -> None:
 def step(text: str) -> Iterator[None]:
     """A named piece of work with its elapsed time; nests."""
     _state.monitor.event("begin", text, _state.depth)
-    begun = time.monotonic()
+    _state.begun += 1
+    order, begun = _state.begun, time.monotonic()
     _state.depth += 1
     try:
         yield
@@ -122,7 +124,7 @@ def step(text: str) -> Iterator[None]:
         raise
     _state.depth -= 1
     took = time.monotonic() - begun
-    _state.durations.append(("  " * _state.depth + text, took))
+    _state.durations.append((order, "  " * _state.depth + text, took))
     _state.monitor.event("end", text, _state.depth, took)
 
 
@@ -167,12 +169,18 @@ def worked() -> bool:
 
 
 def summary() -> list[str]:
-    """The table of durations, slowest work visible at a glance, then the notices once more."""
-    lines = [f"{_duration(took):>9}  {text}" for text, took in reversed(_state.durations)]
+    """The durations of all steps in the order they began, what was reused, and the notices once more."""
+    lines = [f"{_duration(took):>12}  {text}" for _, text, took in sorted(_state.durations)]
     if _state.reused:
-        lines.append(f"{'reused':>9}  {', '.join(_state.reused)}")
-    lines += [f"{'!':>9}  {text}" for text in dict.fromkeys(_state.notices)]
-    return lines
+        lines.append(f"{'reused':>12}  {', '.join(_state.reused)}")
+    return lines + [f"{'!':>12}  {text}" for text in dict.fromkeys(_state.notices)]
+
+
+def table() -> None:
+    """Show the summary."""
+    _state.monitor.event("note", "", 0)
+    for line in summary():
+        _state.monitor.event("note", line, 0)
 
 
 def _duration(seconds: float | None) -> str:

@@ -89,9 +89,9 @@ def _sentence(error: jsonschema.ValidationError) -> str:
     kind = str(error.validator)
     if kind == "additionalProperties":
         known = set(schema.get("properties", {}))
-        unknown = sorted(str(key) for key in error.instance if key not in known)
+        unknown = sorted(str(key) for key in cast(Any, error.instance) if key not in known)
         return f"unknown key {', '.join(unknown)} (known: {', '.join(sorted(known))})"
     if kind == "required":
-        missing = [key for key in wanted if key not in error.instance]
+        missing = [key for key in list(wanted) if key not in cast(Any, error.instance)]
         return f"missing key {', '.join(missing)}"
     return str(error.message)

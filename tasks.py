@@ -1,0 +1,215 @@
+"""The tasks of lvsforge: names, flags and wiring. The work is in the rooms.
+
+Run `invoke --list` for the contents and `invoke --help TASK` for one task.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from invoke.collection import Collection
+
+from image import bake
+from kernel import build as kernel_build
+from pipeline import clean as cleaning
+from pipeline import doctor as doctoring
+from pipeline import patches, progress, settings, sources, testing
+from pipeline import status as reporting
+from pipeline.cli import command
+from pipeline.store import Store
+from provision import render
+from tools import build as tools_build
+
+_ROLE = {"role": "director or realserver; both when not given"}
+_FLAVOUR = {"flavour": "lvs (director) or rs (real server); both when not given"}
+
+
+def _show(lines: list[str]) -> None:
+    print("\n".join(lines))
+
+
+# --- everything
+
+
+@command("offline", "locked", "dry_run", "keep")
+def image(_c: Any) -> None:
+    """Build everything: fetch, kernels, tools, repository, then bake, boot and check both images."""
+    bake.everything()
+
+
+@command(
+    help={"k": "only tests whose name matches this pytest expression", "fast": "only what needs no built artefact"}
+)
+def test(_c: Any, k: str = "", fast: bool = False) -> None:
+    """Run the tests; what they need is built first."""
+    testing.run_all(k, fast=fast, build=bake.everything)
+
+
+@command()
+def lint(_c: Any) -> None:
+    """Run only the linters (they are tests too)."""
+    testing.pytest("tests/unit/test_linters.py")
+
+
+@command(help={"verify": "hash every built result again and compare with its record"})
+def status(_c: Any, verify: bool = False) -> None:
+    """Show each stage, its key, whether it is built, and why it would be rebuilt."""
+    _show(reporting.table(reporting.report(bake.final_stages(), Store(), verify=verify)))
+
+
+@command()
+def doctor(_c: Any) -> None:
+    """Look at what this machine has and lacks, and how to mend it."""
+    doctoring.show(Store())
+
+
+@command(
+    "dry_run",
+    help={"store": "also prune the artefact store", "keep_results": "how many results of each stage the store keeps"},
+)
+def clean(_c: Any, store: bool = False, keep_results: int = 0) -> None:
+    """Remove out/, and with --store what the store holds."""
+    cleaning.clean(Store(), store_too=store, keep=keep_results)
+
+
+# --- sources
+
+
+@command(name="sources-list", help={"verify": "hash the stored tarballs again"})
+def sources_list(_c: Any, verify: bool = False) -> None:
+    """List the pinned sources, where they come from and whether they are here."""
+    _show(sources.listing(verify=verify))
+
+
+@command("locked", "offline")
+def fetch(_c: Any) -> None:
+    """Fetch every source and build root, so that the rest works with --offline."""
+    bake.fetch()
+
+
+@command("dry_run", name="sources-update", help={"name": "only this source"})
+def sources_update(_c: Any, name: str = "") -> None:
+    """Pin the newest release of each source's series in sources.yaml."""
+    _show(sources.update_pins(name or None))
+
+
+@command(name="refresh-roots")
+def refresh_roots(_c: Any) -> None:
+    """Take the archive's newest packages into the build roots and the images' base."""
+    for root in bake.roots():
+        root.refresh()
+
+
+@command("dry_run", help={"out": "the file to write"})
+def bundle(_c: Any, out: str = "lvsforge-bundle.tar.zst") -> None:
+    """Pack sources, build roots and Python packages for a builder without a network."""
+    bake.bundle(Path(out))
+
+
+@command(name="bundle-load", help={"file": "what `invoke bundle` wrote"}, positional=["file"])
+def bundle_load(_c: Any, file: str) -> None:
+    """Take a bundle into this machine's store; then everything works with --offline."""
+    bake.bundle_load(Path(file))
+
+
+# --- patch series
+
+
+@command(help={"series": "kernel/lvs, kernel/rs, tools/ipvsadm, …", "dest": "the new tree"}, positional=["series"])
+def unpack(_c: Any, series: str, dest: str = "") -> None:
+    """Unpack a source with its series applied as git commits, to work on it."""
+    _show(patches.unpack_series(series, Path(dest) if dest else None))
+
+
+@command(
+    "dry_run",
+    name="series-regenerate",
+    help={"series": "whose patches are written", "tree": "the git tree"},
+    positional=["series"],
+)
+def series_regenerate(_c: Any, series: str, tree: str = "") -> None:
+    """Write a series' patches anew from the commits of an unpacked tree."""
+    _show(patches.regenerate_series(series, Path(tree) if tree else None))
+
+
+@command(
+    "dry_run",
+    name="series-rebase",
+    help={"series": "which", "version": "the source's other version"},
+    positional=["series"],
+)
+def series_rebase(_c: Any, series: str, version: str) -> None:
+    """Carry a series over to another version of its source; names the patch, file and hunk that fails."""
+    _show(patches.rebase_series(series, version))
+
+
+@command(name="series-lint")
+def series_lint(_c: Any) -> None:
+    """Check every series: mail headers, order, zero fuzz, and checkpatch for kernels."""
+    _show(patches.lint_all())
+
+
+# --- packages
+
+
+@command("offline", "locked", "dry_run", name="build-kernel", help=_FLAVOUR)
+def build_kernel(_c: Any, flavour: str = "") -> None:
+    """Build the kernel RPMs."""
+    bake.build(kernel_build.stages(flavour))
+
+
+@command(
+    "offline",
+    "locked",
+    "dry_run",
+    name="build-tools",
+    help={"tool": "ipvsadm, keepalived or quagga; all when not given"},
+)
+def build_tools(_c: Any, tool: str = "") -> None:
+    """Build the ipvsadm, keepalived and routing RPMs."""
+    bake.build(tools_build.stages(tool))
+
+
+@command("offline", "locked", "dry_run", name="build-repository")
+def build_repository(_c: Any) -> None:
+    """Sign all packages and publish them in out/repository, beside older versions."""
+    bake.publish()
+
+
+@command(name="signing-key")
+def signing_key(_c: Any) -> None:
+    """Show the key that signs packages, and make one if there is none."""
+    _show(bake.signing_key())
+
+
+# --- images
+
+
+@command("offline", "locked", "dry_run", "keep", name="bake-image", help=_ROLE)
+def bake_image(_c: Any, role: str = "") -> None:
+    """Bake a golden image into out/."""
+    bake.bake(role)
+
+
+@command("keep", name="check-image", help=_ROLE)
+def check_image(_c: Any, role: str = "") -> None:
+    """Boot a throw-away overlay of an image and check the running machine."""
+    bake.check(role)
+
+
+@command(help={"role": "director or realserver", "seed": "a NoCloud ISO (see render-seed); else a throw-away login"})
+def console(_c: Any, role: str, seed: str = "") -> None:
+    """Boot a throw-away overlay of an image with its console on this terminal."""
+    bake.console(role, Path(seed) if seed else None)
+
+
+@command(
+    "dry_run", name="render-seed", help={"host": "a host file (provision/examples/)", "out": "the folder to write"}
+)
+def render_seed(_c: Any, host: str, out: str = "out/hosts") -> None:
+    """Render a host's files and its cloud-init seed from its host file."""
+    progress.note(f"written: {render.render_host(Path(host), settings.TOP / out)}")
+
+
+namespace = Collection.from_module(__import__(__name__))
