@@ -1,0 +1,1 @@
+"""The tools' packages: ipvsadm, keepalived, and the routing daemons."""
