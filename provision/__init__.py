@@ -1,0 +1,1 @@
+"""Per-host identity: host files rendered to files and cloud-init seeds."""
