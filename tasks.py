@@ -14,7 +14,8 @@ from image import bake
 from kernel import build as kernel_build
 from pipeline import clean as cleaning
 from pipeline import doctor as doctoring
-from pipeline import patches, progress, settings, sources, testing
+from pipeline import progress, settings, sources, testing
+from pipeline import series as series_tasks
 from pipeline import status as reporting
 from pipeline.cli import command
 from pipeline.store import Store
@@ -102,7 +103,7 @@ def refresh_roots(_c: Any) -> None:
 
 
 @command("dry_run", help={"out": "the file to write"})
-def bundle(_c: Any, out: str = "lvsforge-bundle.tar.zst") -> None:
+def bundle(_c: Any, out: str = "lvsforge-bundle.tar") -> None:
     """Pack sources, build roots and Python packages for a builder without a network."""
     bake.bundle(Path(out))
 
@@ -119,7 +120,7 @@ def bundle_load(_c: Any, file: str) -> None:
 @command(help={"series": "kernel/lvs, kernel/rs, tools/ipvsadm, …", "dest": "the new tree"}, positional=["series"])
 def unpack(_c: Any, series: str, dest: str = "") -> None:
     """Unpack a source with its series applied as git commits, to work on it."""
-    _show(patches.unpack_series(series, Path(dest) if dest else None))
+    _show(series_tasks.unpack(series, Path(dest) if dest else None))
 
 
 @command(
@@ -130,7 +131,7 @@ def unpack(_c: Any, series: str, dest: str = "") -> None:
 )
 def series_regenerate(_c: Any, series: str, tree: str = "") -> None:
     """Write a series' patches anew from the commits of an unpacked tree."""
-    _show(patches.regenerate_series(series, Path(tree) if tree else None))
+    _show(series_tasks.regenerate(series, Path(tree) if tree else None))
 
 
 @command(
@@ -141,13 +142,13 @@ def series_regenerate(_c: Any, series: str, tree: str = "") -> None:
 )
 def series_rebase(_c: Any, series: str, version: str) -> None:
     """Carry a series over to another version of its source; names the patch, file and hunk that fails."""
-    _show(patches.rebase_series(series, version))
+    _show(series_tasks.rebase(series, version))
 
 
 @command(name="series-lint")
 def series_lint(_c: Any) -> None:
     """Check every series: mail headers, order, zero fuzz, and checkpatch for kernels."""
-    _show(patches.lint_all())
+    _show(series_tasks.lint())
 
 
 # --- packages

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from invoke import task
+from invoke.tasks import task
 
 from pipeline import progress, settings
 from pipeline.errors import BuildError

@@ -84,7 +84,10 @@ class Root:
                     f"{self.path}: its packages were never resolved and --offline is given",
                     "invoke fetch   (on a machine with a network, then: invoke bundle)",
                 )
-            self.refresh()
+            # Two builds at once must not decide differently; the second takes the first one's decision.
+            with self.store.lock(f"resolve-{self.name}"):
+                if not self.resolved:
+                    self.refresh()
         data: dict[str, str] = json.loads(self._lock_file.read_text(encoding="utf-8"))
         return data
 

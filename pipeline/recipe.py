@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,9 +17,16 @@ class _UniqueKeys(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys silently; a recipe must not lose a line that way."""
 
 
+_MERGE = "tag:yaml.org,2002:merge"  # `<<: *anchor`
+
+
 def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == _MERGE:
+            continue
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key that is no plain text", key_node.start_mark)
         key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
@@ -69,6 +77,8 @@ def load(path: Path, schema: Mapping[str, Any]) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise BuildError(f"{path} does not exist", f"ls {path.parent}") from None
+    except UnicodeDecodeError as error:
+        raise BuildError(f"{path}: not UTF-8: byte {error.start}", f"iconv -t UTF-8 {path}") from None
     data = parse(text, str(path))
     check(data, schema, str(path)).raise_if_any(str(path), f"correct {path}")
     result: dict[str, Any] = data
@@ -88,9 +98,12 @@ def _sentence(error: jsonschema.ValidationError) -> str:
     wanted = cast(Any, error.validator_value)
     kind = str(error.validator)
     if kind == "additionalProperties":
-        known = set(schema.get("properties", {}))
-        unknown = sorted(str(key) for key in cast(Any, error.instance) if key not in known)
-        return f"unknown key {', '.join(unknown)} (known: {', '.join(sorted(known))})"
+        known, patterns = set(schema.get("properties", {})), list(schema.get("patternProperties", {}))
+        keys = [str(key) for key in cast(Any, error.instance) if key not in known]
+        unknown = sorted(key for key in keys if not any(re.search(pattern, key) for pattern in patterns))
+        names = ", ".join(sorted(known)) or "none"
+        like = f"; or a name like {', '.join(patterns)}" if patterns else ""
+        return f"unknown key {', '.join(unknown)} (known: {names}{like})"
     if kind == "required":
         missing = [key for key in list(wanted) if key not in cast(Any, error.instance)]
         return f"missing key {', '.join(missing)}"

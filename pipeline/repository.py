@@ -42,7 +42,7 @@ def snapshot(
 def index(sandbox: Sandbox, key: SigningKey, folder: Path) -> None:
     """Write and sign the metadata of a folder of packages.
 
-    The metadata's times come from its revision, so equal packages give equal metadata.
+    All times in the metadata are SOURCE_DATE_EPOCH, so equal packages give equal metadata.
 
     Raises:
         BuildError: createrepo_c or gpg failed.
@@ -50,6 +50,8 @@ def index(sandbox: Sandbox, key: SigningKey, folder: Path) -> None:
     script = [
         "set -eu",
         key.import_script,
+        # the times of the packages' files are in the metadata too
+        'find . -maxdepth 1 -name "*.rpm" -exec touch --date "@$SOURCE_DATE_EPOCH" -- {} +',
         # xz: Debian's createrepo_c has no zstd; no sqlite databases: dnf stopped reading them long ago
         'createrepo_c --quiet --no-database --general-compress-type xz --revision "$SOURCE_DATE_EPOCH" '
         "--set-timestamp-to-revision .",

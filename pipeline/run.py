@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shlex
 import shutil
@@ -88,7 +89,8 @@ def describe(argv: Sequence[str], returncode: int) -> str:
     """How a process ended, in words: a signal, a missing program and a plain failure are told apart."""
     name = Path(argv[0]).name
     if returncode < 0:
-        return f"{name} was killed by {signal.Signals(-returncode).name}"
+        names = {int(s): s.name for s in signal.Signals}  # most real-time signals have none
+        return f"{name} was killed by {names.get(-returncode, f'signal {-returncode}')}"
     if returncode == 127:
         return f"{name} could not be started (exit status 127)"
     return f"{name} failed with exit status {returncode}"
@@ -111,7 +113,7 @@ def run(
     timeout: float | None = None,
     what: str = "",
     hint: str = "",
-    shown: Sequence[str] | None = None,
+    shown: str = "",
 ) -> Result:
     """Run a command to its end.
 
@@ -126,14 +128,14 @@ def run(
         timeout: seconds after which it is killed.
         what: what was being done, for the error ("compiling kernel-lvs").
         hint: the next step, for the error.
-        shown: the command to print instead of `argv` (a wrapped command without its wrapper).
+        shown: the line to print instead of `argv` (a wrapped command without its wrapper).
 
     Raises:
         BuildError: it failed (with `check`), could not be started, or took longer than `timeout`. The command
             is in the error as a line that can be pasted.
     """
     words = tuple(os.fspath(word) for word in argv)
-    pasteable = shlex.join(shown or words)
+    pasteable = shown or shlex.join(words)
     progress.debug(f"+ {pasteable}")
     sink: IO[str] | None = None
     try:
@@ -153,6 +155,7 @@ def run(
             text=True,
             errors="replace",
             start_new_session=True,  # a time-out must end the whole family, and Ctrl-C must not race us
+            preexec_fn=_die_with(os.getpid()),
         )
         try:
             stdout, stderr = child.communicate(stdin, timeout=timeout)
@@ -166,10 +169,9 @@ def run(
         except BaseException:
             _end_family(child)
             raise
-    except FileNotFoundError as error:
-        raise BuildError(
-            f"{error.filename} was not found, needed to run: {pasteable}", hint or "invoke doctor"
-        ) from None
+    except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
+        said = "was not found" if isinstance(error, FileNotFoundError) else f"cannot be used ({error.strerror})"
+        raise BuildError(f"{error.filename} {said}, needed to run: {pasteable}", hint or "invoke doctor") from None
     finally:
         if sink is not None:
             sink.close()
@@ -178,7 +180,7 @@ def run(
         lines = _log_tail(log) if log else tail(result.stderr or result.stdout)
         prefix = f"{what}: " if what else ""
         raise BuildError(
-            f"{prefix}{describe(words, result.returncode)}",
+            f"{prefix}{describe(shown.split()[:1] or words, result.returncode)}",
             hint or (f"read {log}" if log else "run the line above by hand"),
             [f"$ {pasteable}", *lines],
         )
@@ -191,15 +193,33 @@ def _log_tail(log: Path | None) -> list[str]:
     return tail(log.read_text(encoding="utf-8", errors="replace"))
 
 
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """What a child does before its program: ask the kernel to end it with us, also when we are killed by SIGKILL.
+
+    An orphan would go on writing where the next run of the same command builds.
+    """
+
+    def ask() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # we were killed before the child could ask
+            os._exit(1)
+
+    return ask
+
+
 def _end_family(child: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGTERM)
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(5)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+    # also when the leader heard SIGTERM: its own children may not have
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def interactive(argv: Sequence[str | os.PathLike[str]], *, env: Mapping[str, str] | None = None) -> int:
@@ -258,7 +278,7 @@ def start(
     log: Path,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
-    keep: Callable[[], bool] = lambda: False,
+    keep: Callable[[], bool] | None = None,
 ) -> Iterator[Process]:
     """Run a command in the background for the length of a `with` block.
 
@@ -267,7 +287,8 @@ def start(
         log: the file that takes its output.
         cwd: where it runs.
         env: added to the minimal environment.
-        keep: asked at the end; where it answers True the process is left running (a failed bake with `--keep`).
+        keep: asked at the end; where it answers True the process is left running (a failed bake with `--keep`). A
+            process that may be kept must outlive us, so it also outlives our death by SIGKILL.
 
     Raises:
         BuildError: it could not be started.
@@ -286,6 +307,7 @@ def start(
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,
+                preexec_fn=None if keep else _die_with(os.getpid()),
             )
         except FileNotFoundError as error:
             raise BuildError(f"{error.filename} was not found", "invoke doctor") from None
@@ -293,7 +315,7 @@ def start(
     try:
         yield process
     finally:
-        if not keep():
+        if keep is None or not keep():
             process.end()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,10 +55,10 @@ class Sandbox:
         """The whole command line; see `run`."""
         bwrap = [run.require("bwrap", "to run builds inside a clean root", "bubblewrap")]
         bwrap += ["--bind" if self.writable else "--ro-bind", str(self.root), "/"]
-        bwrap += ["--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp", "--tmpfs", "/run"]  # noqa: S108
+        bwrap += ["--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp", "--tmpfs", "/run", "--tmpfs", "/var/tmp"]  # noqa: S108
         if not self.writable:
             # Mount points for binds under these need not exist in the read-only root.
-            bwrap += ["--tmpfs", "/build", "--tmpfs", "/root"]
+            bwrap += ["--tmpfs", "/build", "--tmpfs", "/root", "--tmpfs", "/var/tmp"]  # noqa: S108  inside
         for host, inside in (ro_binds or {}).items():
             bwrap += ["--ro-bind", str(host), inside]
         for host, inside in (binds or {}).items():
@@ -111,8 +112,8 @@ class Sandbox:
 
         Args:
             command: argv, as seen inside.
-            binds: host directories made writable at a path inside. `/build`, `/tmp`, `/run` and `/root` are empty
-                and in memory otherwise; put large things on a bind.
+            binds: host directories made writable at a path inside. `/build`, `/tmp`, `/var/tmp`, `/run` and `/root` are
+                empty and in memory otherwise; put large things on a bind.
             ro_binds: host directories or files made readable at a path inside.
             overlays: copy-on-write directories.
             env: added to the fixed environment (SOURCE_DATE_EPOCH is set there).
@@ -131,5 +132,5 @@ class Sandbox:
             timeout=timeout,
             what=what,
             hint=hint,
-            shown=[*command, f"  # in {self.root.parent.parent.name}"],
+            shown=f"{shlex.join(command)}   # in {self.root.parent.parent.name}",
         )

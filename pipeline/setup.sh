@@ -10,6 +10,7 @@ for package in $wanted; do
     status=$(dpkg-query -W -f '${Status}' "$package" 2>/dev/null) || status=""
     [ "$status" = "install ok installed" ] || missing="$missing $package"
 done
+# shellcheck disable=SC2016  # apt-get expands $(ORIGIN), not the shell
 if [ -n "$missing" ]; then
     echo "installing:$missing" >&2
     as_root=""

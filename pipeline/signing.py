@@ -14,6 +14,7 @@ from pipeline.sandbox import Sandbox
 
 VARIABLE = "LVSFORGE_SIGNING_KEY"
 PASSPHRASE = "LVSFORGE_SIGNING_PASSPHRASE_FILE"  # noqa: S105  a variable's name
+_ARMOUR = "BEGIN PGP PRIVATE KEY BLOCK"
 _INSIDE = "/build/signing-key.asc"
 _INSIDE_PASSPHRASE = "/build/signing-passphrase"  # noqa: S105  a path
 
@@ -50,7 +51,7 @@ class SigningKey:
                 f"{VARIABLE}: {file} does not exist",
                 f"gpg --armor --export-secret-keys KEY > {file}   (or unset {VARIABLE})",
             )
-        if "BEGIN PGP PRIVATE KEY BLOCK" not in file.read_text(encoding="utf-8", errors="replace"):
+        if _ARMOUR not in file.read_text(encoding="utf-8", errors="replace"):
             raise BuildError(
                 f"{VARIABLE}: {file} is not an armoured secret key",
                 f"gpg --armor --export-secret-keys KEY > {file}",
@@ -107,6 +108,8 @@ class SigningKey:
         with progress.step(f"generating the signing key {self.file}"):
             # the key must not be dated before the machine's clock says it was made
             text = sandbox.run(["sh", "-c", script], what="generating the signing key").stdout
+            if _ARMOUR not in text:
+                raise BuildError("gpg exported no secret key", "the same command with --debug shows gpg's command")
             beside = self.file.with_suffix(".new")
             beside.touch(mode=0o600)
             beside.write_text(text, encoding="ascii")

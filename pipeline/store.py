@@ -7,6 +7,7 @@ directory under its key is always finished; two builders of one key wait for eac
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -24,6 +25,9 @@ from pipeline.errors import BuildError
 
 KEY_LENGTH = 16  # hex digits of the SHA-256 that name a directory: 64 bits, no accident among thousands
 _RECORD = "inputs.json"
+_NO_SPACE = os.strerror(errno.ENOSPC)
+_MORE_SPACE = "invoke clean --store   (or set LVSFORGE_STORE to a folder on a larger disk)"
+_NO_STAGES = frozenset({"tmp", "failed", "locks", "roots"})  # what else lies in the store; a build at work is in tmp
 
 
 def location() -> Path:
@@ -47,7 +51,9 @@ def tree_digest(*paths: Path) -> str:
         BuildError: a path does not exist.
     """
     total = hashlib.sha256()
-    for top in paths:
+    for number, top in enumerate(paths):
+        # a file that moves from one tree to the next is a change
+        total.update(f"tree {number}\n".encode())
         if not top.exists():
             raise BuildError(f"{top} does not exist", "git status   (was it deleted or moved?)")
         members = [top] if not top.is_dir() else sorted(p for p in top.rglob("*") if "__pycache__" not in p.parts)
@@ -131,7 +137,6 @@ class Store:
         # We hold the lock of this key: whatever lies here is what a killed run left.
         remove_tree(work)
         work.mkdir(parents=True)
-        keep = False
         try:
             stage.build(work)
             record = {
@@ -143,10 +148,11 @@ class Store:
             (work / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             target = self.path(stage)
             target.parent.mkdir(parents=True, exist_ok=True)
+            remove_tree(target)  # without its record it is no result, but what a killed `prune` left
             os.sync()  # data before the name: a power cut must not leave a key over empty files
             work.rename(target)
         except OSError as error:
-            if error.errno == 28:  # ENOSPC
+            if error.errno == errno.ENOSPC:
                 raise disk_full(self.root, error) from None
             raise
         except BuildError as error:
@@ -156,13 +162,16 @@ class Store:
                 remove_tree(kept)
                 kept.mkdir(parents=True)
                 for log in logs:
-                    shutil.copy(log, kept / log.name)
+                    place = kept / log.relative_to(work)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(log, place)
                 text = [line.replace(str(work), str(kept)) for line in error.details]
-                raise BuildError(error.message, error.hint.replace(str(work), str(kept)), text) from error
-            raise
+                error = BuildError(error.message, error.hint.replace(str(work), str(kept)), text)
+            if any(_NO_SPACE in line for line in error.details):  # what a child said of the same thing
+                raise BuildError(f"the disk is full: {error.message}", _MORE_SPACE, error.details) from None
+            raise error
         finally:
-            if not keep:
-                remove_tree(work)
+            remove_tree(work)
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
@@ -189,7 +198,8 @@ class Store:
         if not results:
             return "never built"
         before = json.loads((results[0] / _RECORD).read_text(encoding="utf-8"))["inputs"]
-        changed = sorted(_differences(before, stage.full_inputs))
+        wanted = json.loads(json.dumps(stage.full_inputs))  # as it would be read back: tuples become lists
+        changed = sorted(_differences(before, wanted))
         if not changed:
             return "the result was removed"
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -223,7 +233,8 @@ class Store:
         """Remove all but the `keep` most recently used results of each stage; returns what goes."""
         going: list[Path] = []
         for folder in sorted(p for p in self.root.iterdir() if p.is_dir()) if self.root.exists() else []:
-            going += self.results(folder.name)[keep:]
+            if folder.name not in _NO_STAGES:
+                going += self.results(folder.name)[keep:]
         if not dry_run:
             for path in going:
                 # Under the key's lock: nobody may start to read what we take away.
@@ -243,7 +254,7 @@ class Store:
         if free < gigabytes:
             raise BuildError(
                 f"{what} needs {gigabytes:g} GB free under {self.root}, there are {free:.1f} GB",
-                "invoke clean --store   (or set LVSFORGE_STORE to a folder on a larger disk)",
+                _MORE_SPACE,
             )
 
 
@@ -252,7 +263,7 @@ def disk_full(where: Path, error: OSError) -> BuildError:
     place = error.filename or where
     return BuildError(
         f"the disk is full: {place}",
-        "invoke clean --store   (or set LVSFORGE_STORE to a folder on a larger disk)",
+        _MORE_SPACE,
         [f"{shutil.disk_usage(where).free / 1e9:.1f} GB are free under {where}"],
     )
 
