@@ -1,0 +1,1 @@
+"""The kernels: one common configuration and tree, a flavour for each role."""
