@@ -1,0 +1,1 @@
+"""The images: a root file system becomes a disk, Packer seals it, checks prove it."""

@@ -1,0 +1,246 @@
+"""From recipes to images: which stage stands on which, and what the tasks call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from image import base as disks
+from image import golden, packages, verify
+from image.base import Recipe, roles
+from kernel import build as kernels
+from pipeline import bundle as bundles
+from pipeline import progress, repository, rpm, run, settings, status, store
+from pipeline.debroot import Root
+from pipeline.errors import BuildError
+from pipeline.sandbox import Sandbox
+from pipeline.signing import SigningKey
+from pipeline.sources import Sources
+from pipeline.store import Stage, Store
+from tools import build as tools
+
+
+class Line:
+    """Everything that can be built, as stages; nothing is built by asking for one."""
+
+    def __init__(self, where: Store | None = None) -> None:
+        self.store = where or Store()
+        self.offline = settings.current.offline
+
+    @cached_property
+    def toolbox(self) -> Root:
+        """The root with the tools of this room."""
+        return disks.toolbox_root(self.store, offline=self.offline)
+
+    @cached_property
+    def tree(self) -> Root:
+        """The Debian tree of the images."""
+        return disks.base_root(self.store, offline=self.offline)
+
+    def sandbox(self) -> Sandbox:
+        """The toolbox, built if need be."""
+        return Sandbox(self.store.ensure(self.toolbox.stage()) / "root")
+
+    @cached_property
+    def key(self) -> SigningKey:
+        """The signing key; made now if there is none."""
+        key = SigningKey.find()
+        if not key.exists:
+            key.make(self.sandbox())
+        return key
+
+    def signed(self, stage: Stage) -> Stage:
+        """The stage that signs another's packages."""
+        return rpm.signed(stage, self.sandbox, self.key, self.store.path)
+
+    def package_stages(self, image: Recipe) -> list[Stage]:
+        """What builds the packages of an image."""
+        return [kernels.stage(image.kernel, self.store), *(tools.stage(tool, self.store) for tool in image.tools)]
+
+    def image(self, role: str) -> Image:
+        """All stages of one image."""
+        recipe = Recipe.load(role)
+        toolbox, tree = self.toolbox.stage(), self.tree.stage()
+        shim = packages.shim_stage(self.store, tree, toolbox)
+        signed = [self.signed(stage) for stage in (*self.package_stages(recipe), shim)]
+        snapshot = repository.snapshot(role, signed, self.sandbox, self.key, self.store.path)
+        disk = disks.disk_stage(self.store, recipe, tree, toolbox, snapshot)
+        finished = golden.stage(self.store, recipe, disk)
+        return Image(recipe, disk, finished, verify.stage(self.store, recipe, finished))
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image's recipe and stages."""
+
+    recipe: Recipe
+    disk: Stage
+    finished: Stage
+    checked: Stage
+
+
+def chosen(role: str) -> list[str]:
+    """The given role, or all."""
+    return [role] if role else roles()
+
+
+def roots() -> list[Root]:
+    """Every root that mmdebstrap makes."""
+    line = Line()
+    return [kernels.kernels(line.store).root, tools.room(line.store).root, line.toolbox, line.tree]
+
+
+def final_stages() -> list[Stage]:
+    """What `invoke image` builds in the end; without a signing key yet, only what comes before it."""
+    line = Line()
+    if not SigningKey.find().exists:
+        progress.note("no signing key yet: what is signed has no key in the store before the first build")
+        return [*kernels.stages("", line.store), *tools.stages("", line.store), line.tree.stage(), line.toolbox.stage()]
+    return [line.image(role).checked for role in roles()]
+
+
+def everything() -> None:
+    """Build, bake and check all images, and publish packages and images in out/."""
+    if settings.current.dry_run:
+        show_plan(final_stages())
+        return
+    if not settings.current.offline:
+        # Before any key is computed: where the archives have dropped a pinned release, its stand-in is what is built.
+        Sources(Store()).fetch_all()
+    line = Line()
+    line.store.require_space(25.0 if not line.store.results("image-director") else 5.0, "building everything")
+    publish(line)
+    for role in roles():
+        check(role, line)
+
+
+def bake(role: str, line: Line | None = None) -> None:
+    """Bake an image, or all, into out/."""
+    line = line or Line()
+    for each in chosen(role):
+        image = line.image(each)
+        if settings.current.dry_run:
+            show_plan([image.finished])
+        else:
+            golden.publish(line.store.ensure(image.finished), image.recipe, settings.out())
+
+
+def check(role: str, line: Line | None = None) -> None:
+    """Bake an image, or all; check it; only then put it into out/."""
+    line = line or Line()
+    for each in chosen(role):
+        image = line.image(each)
+        result = line.store.ensure(image.finished)
+        line.store.ensure(image.checked)
+        golden.publish(result, image.recipe, settings.out())
+
+
+def console(role: str, seed: Path | None) -> None:
+    """Boot an overlay of an image on this terminal.
+
+    Raises:
+        BuildError: the seed does not exist, or the machine could not be started.
+    """
+    if seed and not seed.is_file():
+        raise BuildError(f"{seed} does not exist", "invoke render-seed HOSTFILE")
+    line = Line()
+    image = line.image(role)
+    disk = verify.qcow2(line.store.ensure(image.finished))
+    code = verify.console(line.store, image.recipe, disk, seed.resolve() if seed else None)
+    if code != 0:
+        raise BuildError(f"the machine ended with status {code}", "invoke doctor")
+
+
+def build(stages: Sequence[Stage]) -> None:
+    """Build package stages and say where the results are."""
+    if settings.current.dry_run:
+        show_plan(stages)
+        return
+    line = Line()
+    for stage in stages:
+        result = line.store.ensure(stage)
+        for package in sorted(result.glob("*.rpm")):
+            progress.note(str(package))
+
+
+def publish(line: Line | None = None) -> None:
+    """Sign all packages and add them to out/repository."""
+    line = line or Line()
+    plain = [*kernels.stages("", line.store), *tools.stages("", line.store)]
+    if settings.current.dry_run:
+        show_plan(plain)
+        return
+    results = [line.store.ensure(line.signed(stage)) for stage in plain]
+    repository.publish(results, settings.out() / "repository", line.store, line.sandbox, line.key)
+
+
+def signing_key() -> list[str]:
+    """Where the key is, and its public half."""
+    line = Line()
+    return [f"{line.key.file}", *line.key.public(line.sandbox()).splitlines()]
+
+
+def fetch() -> None:
+    """Everything that comes from elsewhere: sources and roots."""
+    line = Line()
+    Sources(line.store).fetch_all()
+    for root in roots():
+        line.store.ensure(root.stage())
+
+
+def show_plan(stages: Sequence[Stage]) -> None:
+    """Say what a run would build, and do nothing."""
+    for text in status.table(status.report(stages, Store())):
+        print(text)
+
+
+# --- for a builder without a network ----------------------------------------------------------------------------
+
+
+def bundle(out: Path) -> None:
+    """Pack sources and the build roots, each root as one tar of its stage's result."""
+    line = Line()
+    fetch()
+    tar = run.require("tar", "to pack build roots", "tar")
+    with run.temporary_directory("bundle-", line.store.root) as folder:
+        held = folder / "roots"
+        held.mkdir()
+        for root in roots():
+            stage = root.stage()
+            with progress.step(f"packing {stage.name}"):
+                argv = [tar, "--zstd", "--xattrs", "--numeric-owner", "--sort=name", "-C", str(line.store.root)]
+                members = [f"{stage.name}/{stage.key}", *root_lists(line.store, root)]
+                run.run([*argv, "-cf", held / f"{stage.name}.tar.zst", *members])
+        bundles.bundle(out, Sources(line.store), {"roots": held})
+
+
+def root_lists(where: Store, root: Root) -> list[str]:
+    """The files below the store that say which package versions were resolved for a root."""
+    return [str(path.relative_to(where.root)) for path in sorted((where.root / "roots").glob(f"{root.name}-*.json"))]
+
+
+def bundle_load(file: Path) -> None:
+    """Take a bundle into the store."""
+    line = Line()
+    tar = run.require("tar", "to unpack build roots", "tar")
+    with run.temporary_directory("bundle-", line.store.root) as folder:
+        bundles.load(file, line.store, {"roots": folder})
+        for archive in sorted(folder.glob("*.tar.zst")):
+            fresh = folder / archive.name.removesuffix(".tar.zst")
+            fresh.mkdir()
+            with progress.step(f"unpacking {fresh.name}"):
+                argv = [tar, "--zstd", "--xattrs", "--xattrs-include=*", "--numeric-owner"]
+                run.run([*argv, "-C", fresh, "-xpf", archive])
+                _adopt(fresh, line.store)
+
+
+def _adopt(fresh: Path, where: Store) -> None:
+    """Give unpacked results and package lists their names in the store; what is there already stays."""
+    for name in sorted(p for top in fresh.iterdir() for p in top.iterdir()):
+        target = where.root / name.relative_to(fresh)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            name.rename(target)
+    store.remove_tree(fresh)

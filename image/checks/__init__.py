@@ -1,0 +1,1 @@
+"""What must be true of a running image; by testinfra over ssh, on an overlay that is thrown away."""

@@ -1,0 +1,93 @@
+"""The director's `/etc/rc.local` with tools that only write down how they were called: `tests/cases/rc-local/<case>/`.
+
+host.conf       what the host was given; missing where it was given nothing
+machine.yaml    the NICs: offloads as `ethtool -k` names them, and networkd's file for the link
+expected        what was said, and what was called in which order
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import run
+
+SCRIPT = Path(__file__).parents[2] / "image/director/rootfs/etc/rc.local"
+CASES = sorted(p.parent for p in (Path(__file__).parents[1] / "cases/rc-local").glob("*/expected"))
+
+FAKE = """#!/bin/sh
+[ "$1" = -k ] && { cat "$LVS_ROOT/features/$2" 2>/dev/null; exit; }
+echo "${0##*/} $*" >>"$LVS_ROOT/calls"
+! grep -qxF -- "${0##*/} $*" "$LVS_ROOT/failing" 2>/dev/null
+"""
+
+
+def test_there_are_cases() -> None:
+    assert len(CASES) >= 6
+
+
+def put(path: Path, text: str, mode: int = 0o644) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="ascii")
+    path.chmod(mode)
+
+
+def build(root: Path, case: Path) -> None:
+    machine: dict[str, Any] = yaml.safe_load((case / "machine.yaml").read_text(encoding="ascii"))
+    for index, (name, nic) in enumerate(machine["nics"].items(), start=2):
+        put(root / f"sys/class/net/{name}/ifindex", f"{index}\n")
+        put(root / "features" / name, "".join(f"{key}: {value}\n" for key, value in nic.get("features", {}).items()))
+        if "network" in nic:
+            put(root / f"run/systemd/netif/links/{index}", f"ADMIN_STATE=configured\nNETWORK_FILE={nic['network']}\n")
+    put(root / "failing", "".join(f"{line}\n" for line in machine.get("failing", [])))
+    for tool in ("bin/ethtool", "bin/ip", "usr/sbin/set_irq_affinity", "lib/systemd/systemd-networkd-wait-online"):
+        put(root / tool, FAKE, 0o755)
+    if (case / "host.conf").exists():
+        put(root / "etc/lvs/host.conf", (case / "host.conf").read_text(encoding="utf-8"))
+
+
+def observe(root: Path, result: run.Result) -> str:
+    calls = root / "calls"
+    said = [f"exit {result.returncode}", "--- stdout", result.stdout, "--- stderr", result.stderr, "--- called"]
+    said.append(calls.read_text(encoding="utf-8") if calls.exists() else "")
+    said.append("--- written")
+    said += [f"{file.relative_to(root)}" for file in sorted(root.glob("run/systemd/network/**/*.conf"))]
+    lines = "\n".join(part.strip("\n") for part in said).replace(str(root), "").splitlines()
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def play(root: Path, case: Path) -> str:
+    build(root, case)
+    return observe(root, run.run(["bash", SCRIPT], env={"LVS_ROOT": str(root)}, check=False, what="rc.local"))
+
+
+@pytest.mark.runs("bash")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case(case: Path, tmp_path: Path) -> None:
+    assert play(tmp_path, case) == (case / "expected").read_text(encoding="utf-8")
+
+
+@pytest.mark.runs("bash")
+def test_a_second_run_says_the_same(tmp_path: Path) -> None:
+    case = next(c for c in CASES if c.name == "two-nics")
+    first = play(tmp_path, case)
+    (tmp_path / "calls").unlink()
+    assert play(tmp_path, case) == first
+
+
+@pytest.mark.runs("bash")
+def test_host_conf_is_never_executed(tmp_path: Path) -> None:
+    marks = [tmp_path / f"mark{n}" for n in range(4)]
+    shutil.copytree(next(c for c in CASES if c.name == "two-nics"), tmp_path / "case")
+    (tmp_path / "case/host.conf").write_text(
+        f'UPLINK=$(touch {marks[0]})\nDOWNLINK=`touch {marks[1]}`\ntouch {marks[2]}\nNICS="eth0; touch {marks[3]}"\n',
+        encoding="ascii",
+    )
+    said = play(tmp_path / "root", tmp_path / "case")
+    assert not any(mark.exists() for mark in marks)
+    assert "set_irq_affinity " not in said.split("--- called")[1]
+    assert said.startswith("exit 0")
