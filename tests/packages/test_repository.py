@@ -1,7 +1,7 @@
 """Signing, indexing and publishing with the real tools, and what a client refuses of a repository that was changed.
 
-The packages are toys; the tools are those of the toolbox (image/root.yaml), the client is dnf with the configuration that
-we publish. Each row of the table of refusals is an attack that one of the two signatures, or only both, can stop.
+The packages are toys; the tools are those of the toolbox (image/root.yaml), the client is dnf with the configuration
+that we publish. Each row of the table of refusals is an attack that one of the two signatures, or only both, can stop.
 """
 
 from __future__ import annotations

@@ -1,0 +1,93 @@
+"""The process that runs cloud-init's stages, with a cloud-init that only notes what it is asked."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "image/common/rootfs/usr/lib/lvsforge/cloud-init-stages"
+
+pytestmark = pytest.mark.network_local
+
+
+@pytest.fixture
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module, with a socket of its own."""
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    loader = importlib.machinery.SourceFileLoader("cloud_init_stages", str(SCRIPT))
+    spec = importlib.util.spec_from_loader("cloud_init_stages", loader)
+    assert spec
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    monkeypatch.setattr(module, "SOCKET", str(tmp_path / "socket"))
+    return module
+
+
+@pytest.fixture
+def serve(
+    stages: ModuleType, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., float]
+) -> Callable[[bool], tuple[list[str], threading.Thread]]:
+    """Start the server; returns what cloud-init is asked, and the thread."""
+
+    def start(local: bool) -> tuple[list[str], threading.Thread]:
+        asked: list[str] = []
+        ready = threading.Event()
+
+        def main(argv: list[str]) -> int:
+            asked.append(" ".join(argv[1:]))
+            if argv[-1] == "--mode=config":
+                raise SystemExit(3)
+            return 1 if argv[-1] == "--mode=final" else 0
+
+        monkeypatch.setattr(stages, "load", lambda: SimpleNamespace(main=main))
+        monkeypatch.setattr(stages, "applied_locally", lambda: local)
+        monkeypatch.setattr(stages, "notify", lambda text: ready.set())
+        thread = threading.Thread(target=stages.serve, daemon=True)
+        thread.start()
+        wait_until(ready.is_set, "the local stage")
+        return asked, thread
+
+    return start
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_each_stage_runs_once_in_its_turn(
+    stages: ModuleType,
+    serve: Callable[[bool], tuple[list[str], threading.Thread]],
+    local: bool,
+    wait_until: Callable[..., float],
+) -> None:
+    asked, thread = serve(local)
+    assert [stages.ask(name) for name in ("network", "config", "config", "final")] == [0, 3, 3, 1]
+    wait_until(lambda: not thread.is_alive(), "the end after the final stage")
+    network = [] if local else ["init"]
+    assert asked == ["init --local", *network, "modules --mode=config", "modules --mode=final"]
+    assert not os.path.exists(stages.SOCKET)
+
+
+def test_nonsense_on_the_socket_is_ignored(
+    stages: ModuleType,
+    serve: Callable[[bool], tuple[list[str], threading.Thread]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The asker gets no answer and falls back; the server goes on."""
+    asked, _ = serve(True)
+    with pytest.raises(KeyError):
+        stages.ask("nonsense")
+    assert "running the stage by itself" in capsys.readouterr().err
+    assert stages.ask("final") == 1
+    assert asked == ["init --local", "modules --mode=final"]
+
+
+def test_without_a_server_a_stage_runs_the_stock_way(stages: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(os, "execv", lambda path, argv: calls.append((path, argv)))
+    stages.ask("config")
+    assert calls == [("/usr/bin/cloud-init", ["cloud-init", "modules", "--mode=config"])]

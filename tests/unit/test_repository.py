@@ -1,0 +1,224 @@
+"""Repositories: which packages stay, which go, and what is left when publishing is cut short."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from pipeline import repository
+from pipeline.errors import BuildError
+from pipeline.repository import KEY_FILE, publish, snapshot, superseded
+from pipeline.sandbox import Sandbox
+from pipeline.signing import SigningKey
+from pipeline.store import Stage, Store
+from tests.conftest import Recorder
+
+A1 = "ipvsadm-1.31-1.aaaaaaaa.x86_64.rpm"
+A1_AGAIN = "ipvsadm-1.31-1.bbbbbbbb.x86_64.rpm"
+A2 = "ipvsadm-1.31-2.cccccccc.x86_64.rpm"
+A_NEXT = "ipvsadm-1.32-1.dddddddd.x86_64.rpm"
+B1 = "ipvsadm-libs-1.31-1.aaaaaaaa.x86_64.rpm"
+SRC = "ipvsadm-1.31-1.aaaaaaaa.src.rpm"
+
+
+@pytest.mark.parametrize(
+    ("present", "coming", "going"),
+    [
+        ([], [A1], []),
+        ([A1], [], []),
+        ([A1], [A1], []),
+        ([A1], [A1_AGAIN], [A1]),
+        ([A1_AGAIN], [A1], [A1_AGAIN]),  # which key sorts higher is an accident
+        ([A1], [A2], []),
+        ([A1, A2], [A_NEXT], []),
+        ([A1, A2, A_NEXT], [A1_AGAIN], [A1]),
+        ([A1, B1], [A1_AGAIN], [A1]),
+        ([SRC], [A1_AGAIN], []),  # another arch
+        ([B1, A1], [B1.replace("aaaaaaaa", "12345678"), A1_AGAIN], [A1, B1]),
+    ],
+)
+def test_only_another_build_of_the_same_release_is_replaced(
+    present: list[str], coming: list[str], going: list[str]
+) -> None:
+    assert superseded(present, coming) == going
+
+
+def test_a_stranger_in_the_folder_is_refused() -> None:
+    with pytest.raises(BuildError, match="not a package name"):
+        superseded(["stranger-1.0-1.x86_64.rpm"], [A1])
+
+
+def test_clients_are_told_to_check_both_signatures() -> None:
+    lines = repository.client_configuration().splitlines()
+    assert "gpgcheck=1" in lines
+    assert "repo_gpgcheck=1" in lines
+    assert any(line.startswith("gpgkey=") and line.endswith(KEY_FILE) for line in lines)
+
+
+# --- publishing, with the tools that sign and index replaced
+
+
+class FakeKey:
+    """A key whose public half is a text."""
+
+    def __init__(self, name: str = "key") -> None:
+        self.name = name
+        self.digest = f"digest of {name}"
+        self.import_script = "true"
+
+    def public(self, _sandbox: object) -> str:
+        return f"public half of {self.name}\n"
+
+    @contextmanager
+    def lent(self) -> Iterator[Mapping[Path, str]]:
+        yield {}
+
+
+class FakeSandbox:
+    """Writes an index that lists the packages, so that a test can see what was indexed."""
+
+    def run(self, _command: Sequence[str], *, binds: Mapping[Path, str], **_rest: Any) -> None:
+        (folder,) = binds
+        (folder / "repodata").mkdir()
+        (folder / "repodata/repomd.xml").write_text(" ".join(sorted(p.name for p in folder.glob("*.rpm"))))
+
+
+def toolbox() -> Sandbox:
+    return cast(Sandbox, FakeSandbox())
+
+
+def key(name: str = "key") -> SigningKey:
+    return cast(SigningKey, FakeKey(name))
+
+
+def folder_of(tmp_path: Path, name: str, *packages: str) -> Path:
+    folder = tmp_path / name
+    folder.mkdir()
+    for package in packages:
+        (folder / package).write_text(f"{name}: {package}")
+    (folder / "rpmbuild.log").write_text("no package")
+    return folder
+
+
+def state(target: Path) -> dict[str, list[str]]:
+    return {part: sorted(p.name for p in (target / part).glob("*.rpm")) for part in ("x86_64", "source")}
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "out" / "repository"
+
+
+@pytest.fixture
+def published(tmp_path: Path, target: Path, store: Store) -> Path:
+    publish([folder_of(tmp_path, "first", A1, SRC)], target, store, toolbox, key())
+    return target
+
+
+def test_the_first_publication(published: Path) -> None:
+    assert state(published) == {"x86_64": [A1], "source": [SRC]}
+    assert (published / KEY_FILE).read_text() == "public half of key\n"
+    assert (published / "lvsforge.repo").read_text() == repository.client_configuration()
+    assert (published / "x86_64/repodata/repomd.xml").read_text() == A1
+    assert (published / "source/repodata/repomd.xml").read_text() == SRC
+    assert [p.name for p in published.parent.iterdir()] == ["repository"]
+
+
+def test_older_versions_stay_and_the_same_release_is_replaced(
+    tmp_path: Path, published: Path, store: Store, events: Recorder
+) -> None:
+    assert publish([folder_of(tmp_path, "second", A2)], published, store, toolbox, key()) == [A2]
+    assert publish([folder_of(tmp_path, "third", A1_AGAIN)], published, store, toolbox, key()) == [A1_AGAIN]
+    assert state(published) == {"x86_64": [A1_AGAIN, A2], "source": [SRC]}
+    assert (published / "x86_64/repodata/repomd.xml").read_text() == f"{A1_AGAIN} {A2}"
+    assert any(A1 in text and "replaced" in text for text in events.texts("note"))
+
+
+def test_nothing_new_is_no_work(tmp_path: Path, published: Path, store: Store, events: Recorder) -> None:
+    before = published.stat().st_ino
+    events.events.clear()
+    assert publish([tmp_path / "first"], published, store, toolbox, key()) == []
+    assert published.stat().st_ino == before
+    assert events.events == []
+
+
+def test_another_key_writes_the_metadata_anew(tmp_path: Path, published: Path, store: Store) -> None:
+    publish([tmp_path / "first"], published, store, toolbox, key("other"))
+    assert (published / KEY_FILE).read_text() == "public half of other\n"
+
+
+def test_a_package_that_was_signed_anew_is_published_anew(tmp_path: Path, published: Path, store: Store) -> None:
+    """Another key signs the same build: same name, other bytes."""
+    again = folder_of(tmp_path, "again", A1, SRC)
+    publish([again], published, store, toolbox, key("other"))
+    assert (published / "x86_64" / A1).read_text() == f"again: {A1}"
+
+
+class Crash(BaseException):
+    """Stands for SIGKILL: nobody catches it."""
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_a_crash_between_the_renames_loses_nothing(
+    tmp_path: Path, published: Path, store: Store, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    """Publishing renames twice: the old state aside, then the new one into its place."""
+    second = folder_of(tmp_path, "second", A2)
+    rename = Path.rename
+    done: list[Path] = []
+
+    def cut_short(self: Path, other: Path) -> Path:
+        if len(done) == cut - 1:
+            raise Crash
+        done.append(other)
+        return rename(self, other)
+
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        patched.setattr(Path, "rename", cut_short)
+        publish([second], published, store, toolbox, key())
+    assert published.exists() is (cut == 1)
+    assert publish([second], published, store, toolbox, key()) == [A2]
+    assert state(published) == {"x86_64": [A1, A2], "source": [SRC]}
+    assert [p.name for p in published.parent.iterdir()] == ["repository"]
+
+
+def test_a_failure_while_indexing_leaves_the_old_state(tmp_path: Path, published: Path, store: Store) -> None:
+    class Broken(FakeSandbox):
+        def run(self, _command: Sequence[str], *, binds: Mapping[Path, str], **_rest: Any) -> None:
+            raise BuildError("createrepo_c failed", "read the log")
+
+    second = folder_of(tmp_path, "second", A2)
+    with pytest.raises(BuildError, match="createrepo_c failed"):
+        publish([second], published, store, lambda: cast(Sandbox, Broken()), key())
+    assert state(published) == {"x86_64": [A1], "source": [SRC]}
+    assert publish([second], published, store, toolbox, key()) == [A2]
+
+
+# --- the snapshot for an image
+
+
+def test_a_snapshot_holds_exactly_its_stages_packages_without_sources(tmp_path: Path, store: Store) -> None:
+    def made(name: str, *packages: str) -> Stage:
+        def build(out: Path) -> None:
+            for package in packages:
+                (out / package).write_text(package)
+
+        return Stage(name, {}, build)
+
+    signed = [made("signed-a", A1, SRC), made("signed-b", B1)]
+    stage = snapshot("director", signed, toolbox, key(), store.path)
+    path = store.ensure(stage)
+    assert sorted(p.name for p in path.glob("*.rpm")) == [A1, B1]
+    assert (path / "repodata/repomd.xml").read_text() == f"{A1} {B1}"
+    assert (path / KEY_FILE).read_text() == "public half of key\n"
+    keys = {
+        snapshot("director", signed[:1], toolbox, key(), store.path).key,
+        snapshot("director", signed, toolbox, key("other"), store.path).key,
+        snapshot("realserver", signed, toolbox, key(), store.path).key,
+        stage.key,
+    }
+    assert len(keys) == 4
