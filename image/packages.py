@@ -24,6 +24,10 @@ _REPOSITORY = "/build/repository"
 # rpmbuild writes its scripts to /var/tmp by default, which is read-only in the sandbox
 _DEFINES = {"_tmppath": "/tmp"}  # noqa: S108  of the sandbox
 
+# Scriptlets run in a chroot, and the device nodes in the tree itself are dead on a bind mount (nodev): `>/dev/null`
+# would fail there. The mounts end with the sandbox.
+_WITH_DEVICES = f'mount --rbind /dev {_TREE}/dev && mount -t proc proc {_TREE}/proc && exec "$@"'
+
 # The loader's default path on Debian amd64; a library elsewhere is not found by who merely links to its soname.
 _LIBRARY_FOLDERS = ("usr/lib/x86_64-linux-gnu", "usr/lib64", "usr/lib")
 _PROGRAM_FOLDERS = ("usr/bin", "usr/sbin")
@@ -212,7 +216,7 @@ def install(sandbox: Sandbox, tree: Path, repository: Path, wanted: Sequence[Wan
     binds = {repository: _REPOSITORY, settings: "/build/dnf.conf", macros: "/root/.rpmmacros"}
     command = ["dnf", "--config", "/build/dnf.conf", f"--installroot={_TREE}", "--releasever=12", "--assumeyes"]
     result = sandbox.run(
-        [*command, "install", *(w.nevra for w in wanted)],
+        ["sh", "-c", _WITH_DEVICES, "install", *command, "install", *(w.nevra for w in wanted)],
         binds={tree: _TREE},
         ro_binds=binds,
         cwd="/build",
@@ -289,7 +293,10 @@ def refusal(text: str) -> str:
 
 def failed_scriptlets(text: str) -> list[str]:
     """The warnings of dnf about scriptlets that did not end well."""
-    pattern = re.compile(r"scriptlet failed|Error in .* scriptlet|Non-fatal .* scriptlet failure", re.I)
+    # the last: what a shell says of a scriptlet's line; the scriptlet may have gone on without what the line was for
+    pattern = re.compile(
+        r"scriptlet failed|Error in .* scriptlet|Non-fatal .* scriptlet failure|^/var/tmp/rpm-tmp\.\w+: ", re.I
+    )
     return [line.strip() for line in text.splitlines() if pattern.search(line)]
 
 

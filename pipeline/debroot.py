@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -152,8 +153,13 @@ class Root:
             )
         require_root(f"to make {self.name}")
         tree = out / "root"
+        # apt and dpkg would outlive a killed mmdebstrap and go on unpacking where the next run builds. In a process
+        # namespace of its own all of it ends with the first of them, and its mounts with it.
+        alone = [run.require("unshare", "to end mmdebstrap whole", "util-linux"), "--pid", "--fork", "--kill-child"]
+        command = [*self._command(), CODENAME, str(tree), "-"]
         run.run(
-            [*self._command(), CODENAME, tree, "-"],
+            [*alone, "--mount-proc", "--", *command],
+            shown=shlex.join(command),
             stdin=self._sources(),
             env={"SOURCE_DATE_EPOCH": str(EPOCH)},
             log=out / "mmdebstrap.log",
@@ -164,7 +170,9 @@ class Root:
             ["dpkg-query", f"--admindir={tree}/var/lib/dpkg", "-W", "-f", "${Package} ${Version}\n"]
         ).stdout
         installed = dict(line.split(" ") for line in listing.splitlines())
-        moved = sorted(p for p, v in self.versions.items() if installed.get(p) != v)
+        # Resolving starts from nothing, installing from the essential packages: an alternative (lsb-base | sysvinit-utils)
+        # may be resolved and then not needed. What is installed must be what was resolved.
+        moved = sorted(p for p, v in installed.items() if self.versions.get(p) != v)
         if moved:
             raise BuildError(
                 f"{self.name}: the archive moved while the root was made: {', '.join(moved[:5])}",

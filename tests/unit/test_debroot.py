@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,35 @@ def test_the_tree_and_its_packages_are_the_result(machine: Machine, recipe: Path
     assert path.name == "root"
     assert (path / "build").is_dir()  # where the sandbox mounts the work
     assert json.loads((path.parent / "packages.json").read_text()) == VERSIONS
+
+
+def test_mmdebstrap_takes_its_whole_family_along(machine: Machine, recipe: Path, store: Store) -> None:
+    """Seen with `kill -9`: apt and dpkg went on unpacking into the place where the next run builds."""
+    debroot.tree(store, Root("root-tools", recipe, store))
+    (argv,) = (argv for argv in machine.asked if "--simulate" not in argv and "--variant=minbase" in argv)
+    assert Path(argv[0]).name == "unshare"
+    assert {"--pid", "--fork", "--kill-child"} <= set(argv[: argv.index("--")])
+    assert Path(argv[argv.index("--") + 1]).name == "mmdebstrap"
+
+
+@pytest.mark.runs("unshare")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a process namespace without a user namespace")
+def test_that_a_namespace_ends_whole(tmp_path: Path, wait_until: Callable[..., float]) -> None:
+    """The options that `_build` relies on, with a grandchild that listens to nobody."""
+    beat = tmp_path / "beat"
+    deaf = f"trap '' TERM HUP; while :; do date +%N >{beat}; sleep 0.05; done"
+    argv = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--", "sh", "-c", f"({deaf}) & wait"]
+    with run.start(argv, log=tmp_path / "log") as process:
+        wait_until(lambda: beat.exists() and beat.read_text() != "", "the first beat")
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(10)
+    looks = []
+
+    def silent() -> bool:
+        looks.append(beat.read_text())
+        return len(looks) > 4 and len(set(looks[-4:])) == 1
+
+    wait_until(silent, "the end of the beats", 10)
 
 
 def test_an_archive_that_moved_meanwhile_is_noticed(machine: Machine, recipe: Path, store: Store) -> None:

@@ -212,14 +212,14 @@ def test_lay_follows_the_images_own_links(room: Path, tmp_path: Path, owners: li
     tree, rootfs = tmp_path / "tree", room / "toy" / "rootfs"
     (tree / "usr" / "lib").mkdir(parents=True)
     (tree / "lib").symlink_to("usr/lib")
-    (tree / "srv").symlink_to("/var/srv")  # absolute: meant inside the image
-    for name in ("lib/x", "srv/y"):
+    (tree / "usr" / "srv").symlink_to("/var/srv")  # absolute: meant inside the image, from its top
+    for name in ("lib/x", "usr/srv/y"):
         (rootfs / name).parent.mkdir(parents=True, exist_ok=True)
         (rootfs / name).write_text(name)
     base.lay(rootfs, tree, {})
     assert (tree / "lib").is_symlink()
     assert (tree / "usr/lib/x").read_text() == "lib/x"
-    assert (tree / "var/srv/y").read_text() == "srv/y"
+    assert (tree / "var/srv/y").read_text() == "usr/srv/y"
 
 
 def test_no_path_leaves_the_tree(tmp_path: Path, owners: list[tuple[str, int, int]]) -> None:

@@ -182,10 +182,14 @@ def test_publish_is_whole_or_not_at_all(
     assert (target / "manifest.json").stat().st_mtime_ns == before
 
     (target / "SHA256SUMS").write_text("")  # damaged; the next one fails half way
-    monkeypatch.setattr(shutil, "copyfile", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
-    with pytest.raises(OSError, match="full"):
-        golden.publish(finished, director, out)
+    with monkeypatch.context() as broken:
+        broken.setattr(shutil, "copyfile", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        with pytest.raises(OSError, match="full"):
+            golden.publish(finished, director, out)
     assert (target / "lvs-director-6.12-x.qcow2").read_bytes() == b"image"
+
+    golden.publish(finished, director, out)
+    assert (target / "SHA256SUMS").read_bytes() == (finished / "SHA256SUMS").read_bytes()
 
 
 def test_abandoned_bakes_go_and_kept_machines_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,4 +104,6 @@ def test_refusal_is_the_line_that_says_why(text: str, line: str) -> None:
 def test_failed_scriptlets_are_found() -> None:
     text = "  Running scriptlet: toyd\nwarning: %post(toyd-1-1.x86_64) scriptlet failed, exit status 1\n\nComplete!\n"
     assert len(packages.failed_scriptlets(text)) == 1
+    shell = "/var/tmp/rpm-tmp.FZJmlq: 4: cannot create /dev/null: Permission denied"  # noqa: S108  what dash says
+    assert packages.failed_scriptlets(f"{shell}\n") == [shell]
     assert packages.failed_scriptlets("  Running scriptlet: toyd-1 1/1\nComplete!\n") == []

@@ -238,6 +238,16 @@ def test_a_time_out_ends_those_who_do_not_listen(tmp_path: Path, wait_until: Wai
 
 
 @pytest.mark.runs("sh")
+def test_a_time_out_lets_a_program_clean_up_first(tmp_path: Path) -> None:
+    """Packer, for one, removes its machine."""
+    farewell = tmp_path / "farewell"
+    script = f"trap 'echo bye >{farewell}; exit' TERM; sleep 1000 & wait"
+    with pytest.raises(BuildError, match="no end within"):
+        run.run(["sh", "-c", script], timeout=1)
+    assert farewell.read_text() == "bye\n"
+
+
+@pytest.mark.runs("sh")
 def test_an_interrupt_ends_the_child(tmp_path: Path, wait_until: Wait) -> None:
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
@@ -274,7 +284,8 @@ def test_kill_9_of_the_task_ends_its_children(tmp_path: Path, wait_until: Wait, 
         "import pathlib, sys\nfrom pipeline import run\n"
         f"argv, log = ['sh', '-c', sys.argv[1]], pathlib.Path({str(tmp_path / 'inner.log')!r})\n{ORPHANS[how]}"
     )
-    line = f"echo $$ >{pid_file}; exec sleep 1000"
+    beat = tmp_path / "beat"
+    line = f"echo $$ >{pid_file}; while :; do date +%N >{beat}; sleep 0.05; done"
     with run.start(
         [sys.executable, "-c", script, line], log=tmp_path / "log", env={"PYTHONPATH": str(Path(__file__).parents[2])}
     ) as task:
@@ -283,7 +294,9 @@ def test_kill_9_of_the_task_ends_its_children(tmp_path: Path, wait_until: Wait, 
         os.kill(task.pid, signal.SIGKILL)
         task.wait(30)
         if "kept" in how:
-            assert alive(pid)
+            for _ in range(3):
+                before = beat.read_text()
+                wait_until(lambda before=before: beat.read_text() not in ("", before), "one more beat", 10)
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not alive(pid), "the end of the orphan", 10)
 
@@ -315,6 +328,13 @@ def test_a_kept_process_outlives_its_block(tmp_path: Path) -> None:
         assert alive(process.pid)
     finally:
         process.end()
+    assert not alive(process.pid)
+
+
+@pytest.mark.runs("sleep")
+def test_a_process_that_need_not_be_kept_ends(tmp_path: Path) -> None:
+    with run.start(["sleep", "1000"], log=tmp_path / "log", keep=lambda: False) as process:
+        pass
     assert not alive(process.pid)
 
 

@@ -145,7 +145,8 @@ def test_a_command_cannot_change_the_root(toy_root: Path) -> None:
     assert result.returncode != 0
     assert "ead-only" in result.stderr
     assert list((toy_root / "etc").iterdir()) == []
-    inside(toy_root, "for d in /build /tmp /var/tmp /run /root; do echo x >$d/file; done")
+    inside(toy_root, "set -e; for d in /build /tmp /var/tmp /run /root; do echo x >$d/file; done")
+    assert inside(toy_root, "cat", stdin="a text\n") == "a text\n"
     assert not any((toy_root / d / "file").exists() for d in ("build", "tmp", "var/tmp", "run", "root"))
 
 

@@ -188,6 +188,7 @@ def read_iso(image: bytes) -> dict[str, bytes]:
     found = {}
     block = int.from_bytes(image[16 * 2048 + 158 : 16 * 2048 + 162], "little")
     at = block * 2048
+    assert image[at + 34 : at + 41] == b"SP\x07\x01\xbe\xef\0"  # without it Linux does not look for Rock Ridge
     while length := image[at]:
         entry = image[at : at + length]
         start, size = int.from_bytes(entry[2:6], "little"), int.from_bytes(entry[10:14], "little")
