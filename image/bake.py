@@ -110,7 +110,7 @@ def everything() -> None:
         # Before any key is computed: where the archives have dropped a pinned release, its stand-in is what is built.
         Sources(Store()).fetch_all()
     line = Line()
-    line.store.require_space(25.0 if not line.store.results("image-director") else 5.0, "building everything")
+    line.store.require_space(15.0 if not line.store.results("image-director") else 5.0, "building everything")
     publish(line)
     for role in roles():
         check(role, line)

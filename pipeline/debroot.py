@@ -170,8 +170,8 @@ class Root:
             ["dpkg-query", f"--admindir={tree}/var/lib/dpkg", "-W", "-f", "${Package} ${Version}\n"]
         ).stdout
         installed = dict(line.split(" ") for line in listing.splitlines())
-        # Resolving starts from nothing, installing from the essential packages: an alternative (lsb-base | sysvinit-utils)
-        # may be resolved and then not needed. What is installed must be what was resolved.
+        # Resolving starts from nothing, installing from the essential packages: an alternative (lsb-base or
+        # sysvinit-utils) may be resolved and then not needed. What is installed must be what was resolved.
         moved = sorted(p for p, v in installed.items() if self.versions.get(p) != v)
         if moved:
             raise BuildError(

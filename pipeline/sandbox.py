@@ -58,7 +58,7 @@ class Sandbox:
         bwrap += ["--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp", "--tmpfs", "/run", "--tmpfs", "/var/tmp"]  # noqa: S108
         if not self.writable:
             # Mount points for binds under these need not exist in the read-only root.
-            bwrap += ["--tmpfs", "/build", "--tmpfs", "/root", "--tmpfs", "/var/tmp"]  # noqa: S108  inside
+            bwrap += ["--tmpfs", "/build", "--tmpfs", "/root"]
         for host, inside in (ro_binds or {}).items():
             bwrap += ["--ro-bind", str(host), inside]
         for host, inside in (binds or {}).items():

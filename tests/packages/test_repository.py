@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import gzip
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -321,6 +322,19 @@ def test_signing_notices_what_it_cannot_sign(toolbox: Sandbox, keys: dict[str, S
     (folder / NAME).write_bytes(gzip.compress(b"no package"))
     with pytest.raises(BuildError, match="signing 1 packages"):
         rpm.sign(toolbox, keys["ours"], folder)
+
+
+def test_signing_checks_each_signature_afterwards(
+    toolbox: Sandbox, keys: dict[str, SigningKey], unsigned: Path, tmp_path: Path
+) -> None:
+    """A rpmsign that says it signed and did not: Debian's own does so where it finds no gpg2, once a pipe hides it."""
+
+    class Careless(Sandbox):
+        def run(self, command: Sequence[str], **options: Any) -> run.Result:
+            return super().run([word.replace("rpmsign ", ": rpmsign ") for word in command], **options)
+
+    with pytest.raises(BuildError, match="signing 1 packages"):
+        rpm.sign(Careless(toolbox.root), keys["ours"], folder_with(unsigned, tmp_path / "packages"))
 
 
 # --- publishing
