@@ -104,7 +104,7 @@ def refresh_roots(_c: Any) -> None:
 
 @command("dry_run", help={"out": "the file to write"})
 def bundle(_c: Any, out: str = "lvsforge-bundle.tar") -> None:
-    """Pack sources, build roots and Python packages for a builder without a network."""
+    """Pack sources and build roots for a builder without a network."""
     bake.bundle(Path(out))
 
 

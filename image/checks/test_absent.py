@@ -29,6 +29,7 @@ MADE_BY_THE_BOOT = (
     "/etc/lvs/host.conf",
     "/etc/systemd/network/*-cloud-init-*",
     "/var/lib/cloud/",
+    "/var/lib/dbus/machine-id",  # a link to /etc/machine-id, which every boot makes where it is missing
     "/var/log/cloud-init*.log",
     "/var/log/messages*",
     "/var/log/secure*",

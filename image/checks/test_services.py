@@ -6,9 +6,19 @@ import pytest
 
 from image.checks.conftest import Ask
 
+# keepalived reports that it is up only when it has something to do. The addresses are of the documentation's range.
+VIRTUAL_SERVER = """virtual_server 192.0.2.1 80 {
+ lb_algo rr
+ lb_kind NAT
+ real_server 192.0.2.2 80 {
+  TCP_CHECK {
+  }
+ }
+}
+"""
 # Installed, waiting for the host's files.
 WAITING = {
-    "keepalived": ("/etc/keepalived/keepalived.conf", "global_defs {\n router_id check\n}\n"),
+    "keepalived": ("/etc/keepalived/keepalived.conf", VIRTUAL_SERVER),
     "zebra": ("/etc/quagga/zebra.conf", "hostname check\n"),
     "ospfd": ("/etc/quagga/ospfd.conf", "hostname check\nrouter ospf\n ospf router-id 192.168.100.250\n"),
 }
