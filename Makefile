@@ -19,5 +19,5 @@ test: setup ## run every test; builds what they need first
 lint: setup ## only the linters
 	@$(INVOKE) lint
 
-clean: setup ## remove out/ (the store stays: invoke clean --store)
+clean: setup ## remove what is in out/ (the store: invoke clean --store)
 	@$(INVOKE) clean

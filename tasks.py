@@ -67,11 +67,14 @@ def doctor(_c: Any) -> None:
 
 @command(
     "dry_run",
-    help={"store": "also prune the artefact store", "keep_results": "how many results of each stage the store keeps"},
+    help={
+        "store": "prune the artefact store instead",
+        "keep_results": "how many results of each stage the store keeps",
+    },
 )
 def clean(_c: Any, store: bool = False, keep_results: int = 0) -> None:
-    """Remove out/, and with --store what the store holds."""
-    cleaning.clean(Store(), store_too=store, keep=keep_results)
+    """Remove what is in out/, or with --store what the artefact store holds."""
+    cleaning.clean(Store() if store else None, keep_results)
 
 
 # --- sources
@@ -140,7 +143,7 @@ def series_regenerate(_c: Any, series: str, tree: str = "") -> None:
     help={"series": "which", "version": "the source's other version"},
     positional=["series"],
 )
-def series_rebase(_c: Any, series: str, version: str) -> None:
+def series_rebase(_c: Any, series: str, version: str = "") -> None:
     """Carry a series over to another version of its source; names the patch, file and hunk that fails."""
     _show(series_tasks.rebase(series, version))
 

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pipeline import progress, settings
 from pipeline.store import Store, remove_tree
 
+# Trees of `invoke unpack`: a person's own commits, which nothing could make again.
+KEPT = "work"
 
-def clean(store: Store, *, store_too: bool, keep: int) -> None:
-    """Remove `out/`, and with `store_too` all but the `keep` newest results of each stage.
+
+def clean(store: Store | None, keep: int) -> None:
+    """Clean `out/`, or with a store that store instead."""
+    if store:
+        clean_store(store, keep)
+    else:
+        clean_out(settings.out())
+
+
+def clean_out(out: Path) -> None:
+    """Remove the finished artefacts; the trees of `invoke unpack` stay."""
+    for path in sorted(out.iterdir()) if out.is_dir() else []:
+        if path.name == KEPT:
+            progress.note(f"{path} stays: it may hold commits that are nowhere else; remove it by hand")
+            continue
+        progress.note(f"{'would remove' if settings.current.dry_run else 'removing'} {path}")
+        if not settings.current.dry_run:
+            remove_tree(path)
+
+
+def clean_store(store: Store, keep: int) -> None:
+    """Remove all but the `keep` newest results of each stage.
 
     The compiler cache and the downloaded sources stay: both are cheap to keep and dear to make again.
     """
-    dry = settings.current.dry_run
-    out = settings.out()
-    if out.exists():
-        progress.note(f"{'would remove' if dry else 'removing'} {out}")
-        if not dry:
-            remove_tree(out)
-    if store_too:
-        for path in store.prune(keep, dry_run=dry):
-            progress.note(f"{'would remove' if dry else 'removed'} {path}")
+    for path in store.prune(keep, dry_run=settings.current.dry_run):
+        progress.note(f"{'would remove' if settings.current.dry_run else 'removed'} {path}")

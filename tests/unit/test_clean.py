@@ -1,0 +1,34 @@
+"""Cleaning removes what can be made again, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import clean, settings
+
+
+def laid_out(out: Path) -> None:
+    (out / "lvs-director" / "1").mkdir(parents=True)
+    (out / "lvs-director" / "1" / "image.qcow2").write_text("image")
+    (out / "work" / "kernel-lvs").mkdir(parents=True)
+    (out / "work" / "kernel-lvs" / "mine.c").write_text("a day's work")
+
+
+def test_artefacts_go_and_a_persons_trees_stay(tmp_path: Path) -> None:
+    laid_out(tmp_path)
+    clean.clean_out(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["work"]
+    assert (tmp_path / "work" / "kernel-lvs" / "mine.c").read_text() == "a day's work"
+
+
+def test_a_dry_run_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    laid_out(tmp_path)
+    monkeypatch.setattr(settings.current, "dry_run", True)
+    clean.clean_out(tmp_path)
+    assert (tmp_path / "lvs-director" / "1" / "image.qcow2").exists()
+
+
+def test_nothing_to_clean_is_no_failure(tmp_path: Path) -> None:
+    clean.clean_out(tmp_path / "absent")
