@@ -355,6 +355,8 @@ def wait_until(
 
 @contextlib.contextmanager
 def temporary_directory(prefix: str, parent: Path | None = None) -> Iterator[Path]:
-    """A directory that is gone when the block ends."""
+    """A directory that is gone when the block ends; its parent is made where it is missing."""
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True) as path:
         yield Path(path)

@@ -433,3 +433,10 @@ def test_a_temporary_folder_is_gone_afterwards(tmp_path: Path) -> None:
         assert folder.parent == tmp_path
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_temporary_directory_needs_no_parent(tmp_path: Path) -> None:
+    """Seen with `bundle-load` into a store that did not exist yet."""
+    with run.temporary_directory("x-", tmp_path / "new" / "store") as folder:
+        assert folder.is_dir()
+    assert not folder.exists()
