@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -116,8 +117,12 @@ def publish(
                 for name in superseded(present, coming):
                     progress.note(f"{name} is replaced by a build of the same release from other inputs")
                     del present[name]
-                for name, path in {**present, **coming}.items():
-                    link_or_copy(path, folder / name)
+                for name, path in coming.items():
+                    # copies, no hard links: what a user does to out/ must not reach the store
+                    shutil.copyfile(path, folder / name)
+                for name, path in present.items():
+                    if name not in coming:
+                        link_or_copy(path, folder / name)
                 index(toolbox(), key, folder)
             (beside / KEY_FILE).write_text(public, encoding="ascii")
             (beside / "lvsforge.repo").write_text(client_configuration(), encoding="ascii")

@@ -33,7 +33,9 @@ def _boot(name: str, work: Path) -> Observed:
     package = build.image(store.ensure(room.stage(name)), name)
     root = store.ensure(room.root.stage()) / "root"
     share = work / "share"
+    results = work / "results"
     share.mkdir()
+    results.mkdir()
     (share / "guest.py").write_bytes((HERE / "guest.py").read_bytes())
     Sandbox(root).run(
         ["sh", "-ec", "rpm2cpio /build/kernel.rpm >/build/share/cpio; cpio -idm --quiet <cpio; rm cpio"],
@@ -47,7 +49,9 @@ def _boot(name: str, work: Path) -> Observed:
             "mount -t proc proc /proc",
             "mount -t sysfs sysfs /sys",
             "mount -t tmpfs tmpfs /tmp",
+            "mkdir /tmp/results",
             "mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,ro guest /mnt",
+            "mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144 results /tmp/results",
             "exec python3 /mnt/guest.py",
         ]
     )
@@ -59,16 +63,18 @@ def _boot(name: str, work: Path) -> Observed:
         Accelerator.probe(store.root),
         kernel=share / "boot" / f"vmlinuz-{room.uname(name)}",
         append=f'{words} init=/bin/sh -- -c "{script}"',
-        shares=[Share(root, "/dev/root"), Share(share, "guest")],
+        shares=[Share(root, "/dev/root"), Share(share, "guest"), Share(results, "results", readonly=False)],
         network=False,
     )
     with machine:
-        machine.wait_for("RESULT end", 40)
-        machine.wait_for_end(20)
-    lines = machine.console.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = [line.split(" ", 2) for line in lines if line.startswith("RESULT ")]
-    observed = {words[1]: ast.literal_eval(words[2]) for words in found}
-    observed["console"] = "\n".join(lines)
+        machine.wait_for_end(60)
+    observations = results / "observed"
+    assert observations.exists(), "\n".join(machine.console_tail())
+    found = [line.split(" ", 1) for line in observations.read_text(encoding="utf-8").splitlines()]
+    observed = {words[0]: ast.literal_eval(words[1]) for words in found}
+    assert "failure" not in observed, observed["failure"]
+    assert observed["end"] is True
+    observed["console"] = machine.console.read_text(encoding="utf-8", errors="replace")
     observed["expected uname"] = room.uname(name)
     return observed
 
@@ -143,9 +149,9 @@ def test_mainline_takes_unknown_methods(booted: Callable[[str], Observed], way: 
 def test_director_as_backup_drops_unknown_methods(booted: Callable[[str], Observed]) -> None:
     seen = booted("lvs")
     assert seen["sync.backup"] == "ok"
-    assert seen["sync.connections"] == [1000 + m for m in KNOWN] + [2000 + m for m in KNOWN]
+    assert seen["sync.connections"] == [1000 + m for m in KNOWN] + [2000 + m for m in KNOWN] + [3000]
 
 
 def test_mainline_as_backup_keeps_unknown_methods(booted: Callable[[str], Observed]) -> None:
     seen = booted("rs")
-    assert seen["sync.connections"] == [1000 + m for m in range(8)] + [2000 + m for m in range(8)]
+    assert seen["sync.connections"] == [1000 + m for m in range(8)] + [2000 + m for m in range(8)] + [3000]

@@ -359,6 +359,10 @@ def test_older_versions_stay_installable(
     publish("c" * 8, number=2)  # the same release from other inputs
     assert [(n.number, n.key8) for n in names()] == [(1, "a" * 8), (2, "c" * 8)]
     publish("d" * 8, version="1.1")
+    published = {path.stat().st_ino for path in (copy / "x86_64").glob("*.rpm")}
+    built = {path.stat().st_ino for path in tmp_path.glob("*/toy-*.rpm")}
+    assert len(built) == 3, "no build was found"
+    assert not published & built, "what a user does to the repository would reach the store"
     assert [(n.version, n.number) for n in names()] == [("1.0", 1), ("1.0", 2), ("1.1", 1)]
     status, text, root = install(toolbox, copy, tmp_path / "client")
     assert status == 0, text

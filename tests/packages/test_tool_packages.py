@@ -81,10 +81,8 @@ def room() -> Room:
 
 
 def kernel_packages(room: Room, flavour: str) -> list[Package]:
-    stage = kernels.stage(flavour, room.store)
-    if not room.store.has(stage):
-        pytest.skip(f"kernel-{flavour} is not in the store: invoke build-kernel --flavour {flavour}")
-    return [room.package(path) for path in build.packages(room.store.path(stage))]
+    built = room.store.ensure(kernels.stage(flavour, room.store))
+    return [room.package(path) for path in build.packages(built)]
 
 
 @pytest.fixture(scope="session")
