@@ -17,6 +17,8 @@ from pipeline.sandbox import Sandbox
 from pipeline.store import Store
 from tools import build
 
+pytestmark = pytest.mark.build
+
 FLAVOURS = kernels.flavours()
 DEBIAN_ONLY = re.compile(
     r"x86_64-linux-gnu|/var/lib/dpkg|/etc/default/|/etc/init\.d|"
