@@ -211,7 +211,7 @@ def interface(name: str, address: str) -> None:
 def try_client(netlink: Netlink) -> None:
     """A client's SYN for a destination whose method is unknown: does a local listener get it?"""
     netlink.call(NEW_SERVICE, service(VIP4))
-    error = netlink.call(NEW_DEST, service(VIP4) + destination(RS4, 5))[0]
+    error = netlink.call(NEW_DEST, service(VIP4) + destination(RS4, 6))[0]
     with socket.create_server((VIP4, 80)) as listener:
         listener.settimeout(3)
         with socket.socket() as client:

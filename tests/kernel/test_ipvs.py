@@ -21,7 +21,7 @@ from pipeline.vm import Accelerator, Machine, Share
 pytestmark = pytest.mark.build
 
 HERE = Path(__file__).resolve().parent
-KNOWN, UNKNOWN = range(5), range(5, 8)  # masq, local node, tunnel, direct routing, bypass
+KNOWN, FULLNAT, UNKNOWN = range(5), 5, range(6, 8)  # masq, local node, tunnel, direct routing, bypass
 WAYS = ("netlink.ipv4", "netlink.ipv6", "option")
 
 Observed = dict[str, Any]
@@ -127,6 +127,14 @@ def test_known_methods_are_taken(booted: Callable[[str], Observed], name: str, w
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_director_takes_fullnat(booted: Callable[[str], Observed], way: str) -> None:
+    seen = booted("lvs")
+    assert seen[f"{way}.added"][FULLNAT] == "ok"
+    assert seen[f"{way}.edited"][FULLNAT] == "ok"
+    assert seen[f"{way}.kept"][FULLNAT] == [FULLNAT]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_director_refuses_unknown_methods(booted: Callable[[str], Observed], way: str) -> None:
     seen = booted("lvs")
     for method in UNKNOWN:
@@ -140,13 +148,13 @@ def test_director_refuses_unknown_methods(booted: Callable[[str], Observed], way
 def test_mainline_takes_unknown_methods(booted: Callable[[str], Observed], way: str) -> None:
     """Without this the test above could pass on any kernel; when it fails, mainline has mended it: drop our patch."""
     seen = booted("rs")
-    for method in UNKNOWN:
+    for method in (FULLNAT, *UNKNOWN):
         assert seen[f"{way}.added"][method] == "ok", method
         assert seen[f"{way}.edited"][method] == "ok", method
     assert seen["client.reaches_local_listener"] is True
 
 
-def test_director_as_backup_drops_unknown_methods(booted: Callable[[str], Observed]) -> None:
+def test_director_as_backup_drops_what_it_cannot_forward(booted: Callable[[str], Observed]) -> None:
     seen = booted("lvs")
     assert seen["sync.backup"] == "ok"
     assert seen["sync.connections"] == [1000 + m for m in KNOWN] + [2000 + m for m in KNOWN] + [3000]
