@@ -385,7 +385,11 @@ class Kernels:
         item = flavour(name, self.room)
         base = self.store.path(self.base_stage()) / "tree"
         changes = [change for path in item.series.paths for change in patches.parse(path).changes]
-        objects = sorted({str(Path(c.path).with_suffix(".o")) for c in changes if c.new and c.path.endswith(".c")})
+        # A C file that another one includes is compiled with that.
+        text = "".join(path.read_text(encoding="utf-8") for path in item.series.paths)
+        parts = set(re.findall(r'^\+#include "([^"]+\.c)"$', text, re.MULTILINE))
+        units = {c.path for c in changes if c.new and c.path.endswith(".c") and Path(c.path).name not in parts}
+        objects = sorted(str(Path(path).with_suffix(".o")) for path in units)
         if not objects:
             return []
         seen: list[set[str]] = []
