@@ -342,3 +342,5 @@ def test_what_fullnat_cannot_do_is_explained(lab: Lab) -> None:
     step = lab.last("-A --sctp-service 192.0.2.1:9 -s rr", "-a --sctp-service 192.0.2.1:9 -r 10.1.0.2 -b")
     assert step.status == 1
     assert step.err.startswith("FULLNAT is for TCP and UDP; the real servers of service --sctp-service 192.0.2.1:9")
+    step = lab.last(SERVICE, f"{REAL} -b", refuse={"NEW_DEST": errno.EOPNOTSUPP})
+    assert (step.status, step.err) == (1, "this kernel has FULLNAT, but not for service -t 192.0.2.1:80\n")

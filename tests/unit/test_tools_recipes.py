@@ -258,7 +258,8 @@ def test_a_patch_and_the_root_are_in_the_key(room: Path, store: Store) -> None:
     assert key(room, store, root="2") != before
     (room / "ipvsadm" / "patches").mkdir(exist_ok=True)
     (room / "ipvsadm" / "patches" / "0001-x.patch").write_text("x\n", encoding="utf-8")
-    (room / "ipvsadm" / "series").write_text("0001-x.patch\n", encoding="utf-8")
+    with (room / "ipvsadm" / "series").open("a", encoding="utf-8") as series:
+        series.write("0001-x.patch\n")
     assert key(room, store) != before
 
 
