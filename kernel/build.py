@@ -37,9 +37,10 @@ _SPACE = {"base": 6.0, "flavour": 4.0}  # GB; measured: the tree 3.3 at its end,
 RECIPE_SCHEMA: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
-    "required": ["source", "make_flags"],
+    "required": ["source", "make_flags", "debug_leaves_out"],
     "properties": {
         "source": {"type": "string", "pattern": "^[a-z][a-z0-9-]*$"},
+        "debug_leaves_out": {"type": "array", "items": {"type": "string", "pattern": "^[0-9]+-[a-z-]+$"}},
         "make_flags": {
             "type": "array",
             "items": {"type": "string", "pattern": "^[A-Z_]+=[A-Za-z0-9_.,=+-]+$"},
@@ -232,10 +233,34 @@ class Kernels:
         return Stage(
             "kernel-base",
             inputs,
-            self._build_base,
+            lambda out: self._build_base(self.options, out),
             [self.root.stage()],
             title=f"compiling the common kernel tree, linux {self.tarball.version}",
         )
+
+    @functools.cache  # noqa: B019
+    def debug_stage(self) -> Stage:
+        """As the common tree, with what finds bugs: for `invoke test-kernel --debug`, in no package."""
+        options = self.debug_options()
+        inputs = {**self.base_stage().inputs, "options": {option.name: option.value for option in options}}
+        return Stage(
+            "kernel-debug",
+            inputs,
+            lambda out: self._build_base(options, out),
+            [self.root.stage()],
+            title=f"compiling the debug kernel tree, linux {self.tarball.version}; once, half an hour on two cores",
+        )
+
+    def debug_options(self) -> list[config.Option]:
+        """The common fragments without those that the recipe leaves out, and `debug.config`, which has the last word.
+
+        Raises:
+            BuildError: see `config.read`.
+        """
+        left_out = self.recipe["debug_leaves_out"]
+        paths = [path for path in config.fragments(self.room / "config.d") if path.stem not in left_out]
+        own = config.read([self.room / "debug.config"], self.room.parent)
+        return config.override(config.read(paths, self.room.parent), own)
 
     @functools.cache  # noqa: B019
     def stage(self, name: str) -> Stage:
@@ -271,10 +296,12 @@ class Kernels:
 
     # -- how
 
-    def _sandbox(self) -> Sandbox:
+    def sandbox(self) -> Sandbox:
+        """The build root, which is there by then."""
         return Sandbox(self.store.path(self.root.stage()) / "root")
 
-    def _cache(self) -> Path:
+    def cache(self) -> Path:
+        """The compiler cache."""
         folder = self.store.root / "ccache"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -296,13 +323,21 @@ class Kernels:
             "RPM_BUILD_NCPUS": str(current.jobs),
         }
 
-    def _make(self, *words: str) -> list[str]:
+    def make(self, *words: str) -> list[str]:
+        """A make line with the recipe's flags."""
         return ["make", f"-j{current.jobs}", *self.recipe["make_flags"], *words]
 
-    def _run(self, command: Sequence[str], mounts: Mapping[str, Any], log: Path, what: str, hint: str = "") -> None:
-        self._sandbox().run(command, **mounts, env=self._environment(), cwd=TREE, log=log, what=what, hint=hint)
+    def run_in_tree(
+        self, command: Sequence[str], mounts: Mapping[str, Any], log: Path, what: str, hint: str = ""
+    ) -> None:
+        """Run a command in the build root, at the tree.
 
-    def _build_base(self, out: Path) -> None:
+        Raises:
+            BuildError: it failed.
+        """
+        self.sandbox().run(command, **mounts, env=self._environment(), cwd=TREE, log=log, what=what, hint=hint)
+
+    def _build_base(self, options: Sequence[config.Option], out: Path) -> None:
         self.store.require_space(_SPACE["base"], "compiling the kernel")
         log = out / "base.log"
         tree = out / "tree"
@@ -310,18 +345,18 @@ class Kernels:
         tarball = self.tarball.path()
         inside = f"/build/{tarball.name}"
         mounts: dict[str, Any] = {
-            "binds": {tree: TREE, self._cache(): "/build/ccache"},
+            "binds": {tree: TREE, self.cache(): "/build/ccache"},
             "ro_binds": {tarball: inside},
         }
         with progress.step(f"unpacking {tarball.name}"):
             unpack = ["tar", "-xf", inside, "--strip-components=1", "--no-same-owner", "-C", TREE]
-            self._run(unpack, mounts, log, f"unpacking {tarball.name}", f"rm {tarball}   (and fetch it again)")
-        self._configure(self.options, mounts, out, log)
+            self.run_in_tree(unpack, mounts, log, f"unpacking {tarball.name}", f"rm {tarball}   (and fetch it again)")
+        self.configure(options, mounts, out, log)
         with progress.step(f"compiling with {current.jobs} jobs"):
             # Everything but the link of vmlinux: a flavour has another release string and links it in any case.
-            make = self._make("LOCALVERSION=-base", "modpost", "modules")
+            make = self.make("LOCALVERSION=-base", "modpost", "modules")
             hint = f"read {log}; the first error is what counts"
-            self._run(make, mounts, log, "compiling the common kernel tree", hint)
+            self.run_in_tree(make, mounts, log, "compiling the common kernel tree", hint)
         (tree / "vmlinux.o").unlink()  # half a gigabyte of debug information that every flavour links anew
 
     def _build_flavour(self, item: Flavour, out: Path) -> None:
@@ -329,16 +364,16 @@ class Kernels:
         log = out / "make.log"
         base = self.store.path(self.base_stage()) / "tree"
         overlay = Overlay(base, out / "upper", out / "work", TREE)
-        mounts: dict[str, Any] = {"binds": {self._cache(): "/build/ccache"}, "overlays": [overlay]}
+        mounts: dict[str, Any] = {"binds": {self.cache(): "/build/ccache"}, "overlays": [overlay]}
         self._patch(item, base, mounts, out, log)
-        result = self._configure([*self.options, *item.options], mounts, out, log)
+        result = self.configure([*self.options, *item.options], mounts, out, log)
         (out / f"kernel-{item.name}.config").write_text(result, encoding="utf-8")
         release = f"{item.release}.{self.stage(item.name).key[:8]}"
         tarball = self.tarball.path()
         text = spec(item, self.tarball.version, tarball.name, release, self.recipe["make_flags"], self.room)
         with progress.step(f"compiling and packaging kernel-{item.name} {self.tarball.version}-{release}"):
             rpm.build(
-                self._sandbox(),
+                self.sandbox(),
                 text,
                 f"kernel-{item.name}",
                 [tarball, out / f"kernel-{item.name}.config", *item.series.paths],
@@ -354,10 +389,31 @@ class Kernels:
             remove_tree(left)
 
     def _patch(self, item: Flavour, base: Path, mounts: Mapping[str, Any], out: Path, log: Path) -> None:
-        """Apply the series to copies of the files that it touches, then lay those over the tree."""
+        """Lay the files as the series makes them over the tree."""
         if not item.series.names:
             return
         scratch = out / "patched"
+        gone = self.patched(item, base, scratch)
+        inside = {**mounts, "ro_binds": {scratch: "/build/patched"}}
+        self.run_in_tree(["cp", "-a", "/build/patched/.", TREE], inside, log, "laying the patched files over the tree")
+        if gone:
+            self.run_in_tree(["rm", "-f", *gone], inside, log, "removing the files that a patch removes")
+        remove_tree(scratch)
+
+    def patched(self, item: Flavour, base: Path, scratch: Path) -> list[str]:
+        """Apply a series to copies of the files that it touches.
+
+        Args:
+            item: the flavour.
+            base: the unpatched tree.
+            scratch: takes the copies.
+
+        Returns:
+            The names of the files that the series removes.
+
+        Raises:
+            BuildError: a patch does not apply.
+        """
         changes = [change for path in item.series.paths for change in patches.parse(path).changes]
         touched = sorted({name for change in changes for name in (change.old, change.new) if name})
         for name in touched:
@@ -365,12 +421,7 @@ class Kernels:
                 (scratch / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(base / name, scratch / name)
         patches.apply(scratch, item.series, label=f"linux {self.tarball.version}")
-        gone = [name for name in touched if not (scratch / name).exists()]
-        inside = {**mounts, "ro_binds": {scratch: "/build/patched"}}
-        self._run(["cp", "-a", "/build/patched/.", TREE], inside, log, "laying the patched files over the tree")
-        if gone:
-            self._run(["rm", "-f", *gone], inside, log, "removing the files that a patch removes")
-        remove_tree(scratch)
+        return [name for name in touched if not (scratch / name).exists()]
 
     def new_warnings(self, name: str, out: Path) -> list[str]:
         """Compile the C files that a series touches with W=1, with and without it; returns the warnings that it adds.
@@ -397,28 +448,28 @@ class Kernels:
             folder = out / state
             folder.mkdir()
             overlay = Overlay(base, folder / "upper", folder / "work", TREE)
-            mounts: dict[str, Any] = {"binds": {self._cache(): "/build/ccache"}, "overlays": [overlay]}
+            mounts: dict[str, Any] = {"binds": {self.cache(): "/build/ccache"}, "overlays": [overlay]}
             log = folder / "make.log"
             if state == "after":
                 self._patch(item, base, mounts, folder, log)
             # A file that the series adds has no warnings before it.
             there = [o for o in objects if state == "after" or (base / o).with_suffix(".c").is_file()]
-            make = self._make("LOCALVERSION=-base", "KBUILD_MODULES=1", "W=1", *there)
-            self._run(make, mounts, log, f"compiling what kernel/{name} touches, with W=1")
+            make = self.make("LOCALVERSION=-base", "KBUILD_MODULES=1", "W=1", *there)
+            self.run_in_tree(make, mounts, log, f"compiling what kernel/{name} touches, with W=1")
             text = log.read_text(encoding="utf-8", errors="replace")
             seen.append({re.sub(r":\d+(:\d+)?:", ":", line) for line in text.splitlines() if "warning:" in line})
         return sorted(seen[1] - seen[0])
 
-    def _configure(self, options: Sequence[config.Option], mounts: Mapping[str, Any], out: Path, log: Path) -> str:
+    def configure(self, options: Sequence[config.Option], mounts: Mapping[str, Any], out: Path, log: Path) -> str:
         """Make `.config` from nothing but the options, and refuse it if one of them did not survive."""
         asked = out / "asked.config"
         asked.write_text(config.text(options), encoding="utf-8")
         ro_binds = {**mounts.get("ro_binds", {}), asked: "/build/asked.config"}
         mounts = {**mounts, "ro_binds": ro_binds}
         with progress.step("configuring"):
-            make = self._make("-s", "KCONFIG_ALLCONFIG=/build/asked.config", "allnoconfig")
-            self._run(make, mounts, log, "configuring the kernel")
-        shown: run.Result = self._sandbox().run(["cat", f"{TREE}/.config"], **mounts)
+            make = self.make("-s", "KCONFIG_ALLCONFIG=/build/asked.config", "allnoconfig")
+            self.run_in_tree(make, mounts, log, "configuring the kernel")
+        shown: run.Result = self.sandbox().run(["cat", f"{TREE}/.config"], **mounts)
         config.check(options, config.parse(shown.stdout))
         asked.unlink()
         return shown.stdout

@@ -72,6 +72,12 @@ def read(paths: Iterable[Path], top: Path) -> list[Option]:
     return list(found.values())
 
 
+def override(options: Sequence[Option], own: Sequence[Option]) -> list[Option]:
+    """The options, with those of `own` in place of the ones of the same name."""
+    names = {option.name for option in own}
+    return [*(option for option in options if option.name not in names), *own]
+
+
 def text(options: Iterable[Option]) -> str:
     """The options as Kconfig reads them (KCONFIG_ALLCONFIG)."""
     return "".join(f"# {o.name} is not set\n" if o.value == "n" else f"{o.name}={o.value}\n" for o in options)

@@ -32,25 +32,28 @@ def command(*flags: str, help: dict[str, str] | None = None, **options: Any) -> 
     """Make a function an invoke task behind the boundary.
 
     Args:
-        flags: which of `FLAGS` the task takes; they reach `pipeline.settings.current`, not the function.
+        flags: which of `FLAGS` the task takes; they reach `pipeline.settings.current`, not the function. One that is a
+            parameter of the function reaches the function alone.
         help: per parameter of the function.
         options: for `invoke.task` (name, aliases, positional, iterable).
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
+        signature = inspect.signature(function)
         shared = {**{name: FLAGS[name] for name in flags}, **_ALWAYS}
+        # A task may mean something of its own by a shared name (--debug: a debug kernel); then it gets the flag itself.
+        shared = {name: flag for name, flag in shared.items() if name not in signature.parameters}
         body = boundary(function)
 
         @functools.wraps(function)
         def wrapped(context: Any, *args: Any, **kwargs: Any) -> Any:
             asked = {name: kwargs.pop(name) for name in shared}
-            progress.configure(str(asked.pop("progress_form")), debug=bool(asked.pop("debug")))
+            progress.configure(str(asked.pop("progress_form")), debug=bool(asked.pop("debug", False)))
             for name, value in asked.items():
                 setattr(settings.current, name, value)
             os.chdir(settings.TOP)
             return body(context, *args, **kwargs)
 
-        signature = inspect.signature(function)
         extra = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
             for name, (default, _) in shared.items()

@@ -176,6 +176,22 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def unpack(sandbox: Sandbox, package: Path, folder: Path) -> None:
+    """Lay a package's files into a folder, which is made where it is missing; no scriptlet runs.
+
+    Raises:
+        BuildError: the package is damaged.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sandbox.run(
+        ["sh", "-ec", "rpm2cpio /build/package.rpm >/build/tree/.cpio; cpio -idm --quiet <.cpio; rm .cpio"],
+        binds={folder: "/build/tree"},
+        ro_binds={package: "/build/package.rpm"},
+        cwd="/build/tree",
+        what=f"unpacking {package.name}",
+    )
+
+
 def query(sandbox: Sandbox, package: Path, form: str) -> str:
     """Ask a package file (`rpm -qp --queryformat`) inside a root."""
     result: run.Result = sandbox.run(

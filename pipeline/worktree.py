@@ -191,6 +191,22 @@ def series_of(tree: Path) -> Path:
     return Path(_state(tree)["series"])
 
 
+def differences(tree: Path) -> tuple[str, list[str]]:
+    """What a tree changes in its release, committed or not.
+
+    Returns:
+        The release (`linux 6.12.107`), and the names of the files that were changed, added or removed.
+
+    Raises:
+        BuildError: it is no tree of ours.
+    """
+    state = _state(tree)
+    quiet = {"GIT_OPTIONAL_LOCKS": "0"}  # a look at somebody's tree must not write to it
+    changed = git(tree, "diff", "--name-only", "--no-renames", "-z", state["base"], env=quiet)
+    added = git(tree, "ls-files", "--others", "--exclude-standard", "-z", env=quiet)
+    return state["label"], sorted({name for name in (changed + added).split("\0") if name})
+
+
 def check(tree: Path, series: Series, label: str, hint: str = "") -> None:
     """Whether a series fits a tree exactly; nothing is written.
 

@@ -319,7 +319,11 @@ STARTERS = (
     *(f"os.spawn{form}" for form in ("l", "le", "lp", "lpe", "v", "ve", "vp", "vpe")),
 )
 # Programs that do not run on this machine, where pipeline/ is not.
-GUESTS = {Path("tests/kernel/guest.py"): "process 1 of a guest that has nothing but Python itself"}
+GUESTS = {
+    Path("tests/kernel/guest.py"): "process 1 of a guest that has nothing but Python itself",
+    Path("tests/kernel/inside/agent.py"): "process 1 of a guest that has no more than Python and what a test runs",
+    Path("kernel/inside/forwarding.py"): "process 1 of a guest that has no more than Python and what it measures with",
+}
 MAY_START = {
     **GUESTS,
     Path("pipeline/run.py"): "the one runner",

@@ -1,0 +1,400 @@
+"""The kernel that is tested: what the packages hold, or what a developer is working on, compiled as far as it changed.
+
+A developer's build lives in the store under `kernel-develop/`: an overlay over the compiled common tree (or over the
+debug tree) that stays from one run to the next. Only files that differ from the release are laid into it, and only
+those that changed since the last time are laid again, so that make compiles what they touch and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kernel import build, config
+from pipeline import progress, rpm, series, settings, testing, worktree
+from pipeline.debroot import Root
+from pipeline.errors import BuildError
+from pipeline.sandbox import Overlay
+from pipeline.store import Stage, Store, digest, remove_tree
+
+TESTED = "lvs"  # the flavour that has a series worth a loop
+TESTS = settings.TOP / "tests" / "kernel"
+# Changes below them alter no object of the kernel.
+_INERT = ("Documentation/", "tools/", "LICENSES/", "MAINTAINERS", "CREDITS", ".gitignore", ".mailmap")
+_IPVS = "net/netfilter/ipvs"
+# What the kernel's own tests of the network need to run: scripts, nothing compiled.
+_SELFTESTS = "tools/testing/selftests"
+_SCRIPTS = ("net/netfilter", "net/lib.sh", "net/lib", "kselftest")
+_REVISION = 1  # of the layout of a developer's folder
+_SPACE = {"develop": 4.0, "unpacked": 0.5}  # GB; measured: an overlay with vmlinux and the installed modules 2.6
+
+
+@dataclass(frozen=True)
+class Built:
+    """A kernel to boot.
+
+    Attributes:
+        title: for messages.
+        uname: what `uname -r` prints.
+        folder: holds boot/vmlinuz-UNAME, lib/modules/UNAME, selftests/.
+        debug: whether it is the debug build.
+    """
+
+    title: str
+    uname: str
+    folder: Path
+    debug: bool = False
+
+    @property
+    def image(self) -> Path:
+        """What QEMU loads."""
+        return self.folder / "boot" / f"vmlinuz-{self.uname}"
+
+    def save(self, path: Path) -> Path:
+        """Write it down for another process; returns `path`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**asdict(self), "folder": str(self.folder)}) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Built:
+        """Read what `save` wrote.
+
+        Raises:
+            BuildError: there is no such file.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise BuildError(
+                f"{path} does not exist", "invoke test-kernel   (it builds a kernel and names it)"
+            ) from None
+        return cls(**{**data, "folder": Path(data["folder"])})
+
+
+def guest_root(store: Store | None = None) -> Root:
+    """The Debian root in which kernels are tested."""
+    return Root("root-guest", TESTS / "root.yaml", store or Store(), offline=settings.current.offline)
+
+
+# --- what ships
+
+
+def packaged(name: str, store: Store | None = None) -> Built:
+    """A flavour's kernel as its package holds it, built if need be."""
+    store = store or Store()
+    room = build.kernels(store)
+    folder = store.ensure(_unpacked_stage(room, name))
+    return Built(f"kernel-{name} {room.tarball.version}-{room.release(name)}", room.uname(name), folder)
+
+
+def _unpacked_stage(room: build.Kernels, name: str) -> Stage:
+    package, base = room.stage(name), room.base_stage()
+
+    def unpack(out: Path) -> None:
+        room.store.require_space(_SPACE["unpacked"], f"unpacking kernel-{name}")
+        rpm.unpack(room.sandbox(), build.image(room.store.path(package), name), out)
+        changes = _Changes.of_series(room, name, room.store.path(base) / "tree", out / "patched")
+        _selftests(room.store.path(base) / "tree", changes, out / "selftests")
+        remove_tree(out / "patched")
+
+    needs = [package, base, room.root.stage()]
+    return Stage(f"unpacked-kernel-{name}", {"rev": _REVISION}, unpack, needs, title=f"unpacking kernel-{name}")
+
+
+def _selftests(base: Path, changes: _Changes, out: Path) -> None:
+    """The scripts of the kernel's network selftests, as the changes leave them."""
+    for name in _SCRIPTS:
+        source = base / _SELFTESTS / name
+        if source.is_dir():
+            shutil.copytree(source, out / name, ignore=shutil.ignore_patterns("*.c", "packetdrill"))
+        elif source.is_file():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, out / name)
+    for name, path in changes.files.items():
+        inside = name.removeprefix(f"{_SELFTESTS}/")
+        if inside == name or not inside.startswith(_SCRIPTS):
+            continue
+        target = out / inside
+        if path is None:
+            target.unlink(missing_ok=True)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+
+
+# --- what a developer is working on
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """Files that differ from the release: where each lies now, or None for one that is gone."""
+
+    title: str
+    files: Mapping[str, Path | None] = field(default_factory=dict)
+
+    @classmethod
+    def of_series(cls, room: build.Kernels, name: str, base: Path, scratch: Path) -> _Changes:
+        """What a flavour's series changes."""
+        remove_tree(scratch)
+        scratch.mkdir(parents=True)
+        files: dict[str, Path | None] = dict.fromkeys(room.patched(build.flavour(name, room.room), base, scratch))
+        files |= {str(path.relative_to(scratch)): path for path in sorted(scratch.rglob("*")) if path.is_file()}
+        return cls(f"the series of kernel/{name}", files)
+
+    @classmethod
+    def of_tree(cls, room: build.Kernels, tree: Path) -> _Changes:
+        """What a git tree of `invoke unpack` changes, committed or not.
+
+        Raises:
+            BuildError: it was made from another release than the one that is pinned.
+        """
+        label, names = worktree.differences(tree)
+        wanted = f"{room.recipe['source']} {room.tarball.version}"
+        if label != wanted:
+            raise BuildError(
+                f"{tree} was made from {label}, the pinned source is {wanted}",
+                f"invoke series-rebase kernel/{TESTED} --version {room.tarball.version}, or move the tree away",
+            )
+        files = {name: tree / name if (tree / name).is_file() else None for name in names}
+        return cls(f"the tree {tree}", files)
+
+
+class Workshop:
+    """A developer's folder: `upper` over a compiled tree, and the kernel that came out of it.
+
+    Args:
+        room: the kernels.
+        debug: on the debug tree.
+    """
+
+    def __init__(self, room: build.Kernels, *, debug: bool) -> None:
+        self.room = room
+        self.debug = debug
+        self.stage = room.debug_stage() if debug else room.base_stage()
+        self.name = "debug" if debug else "plain"
+        self.folder = room.store.root / "kernel-develop" / self.name
+        self.base = room.store.path(self.stage) / "tree"
+        self.result = self.folder / "kernel"
+        self.log = self.folder / "make.log"
+        self._local = "debug" if debug else "develop"
+        self.uname = f"{room.tarball.version}-{self._local}"
+
+    @property
+    def _state_file(self) -> Path:
+        return self.folder / "state.json"
+
+    @contextmanager
+    def open(self) -> Iterator[dict[str, Any]]:
+        """Hold the folder; yields what is known about it, to be changed and given to `save`."""
+        with self.room.store.lock(f"kernel-develop-{self.name}"):
+            fresh = {"base": self.stage.key, "rev": _REVISION, "laid": {}, "pending": [], "config": "", "whole": False}
+            state = fresh
+            if self._state_file.exists():
+                state = json.loads(self._state_file.read_text(encoding="utf-8"))
+            if (state["base"], state["rev"]) != (fresh["base"], fresh["rev"]):
+                progress.note(f"{self.folder} was made over another tree: it is made anew")
+                remove_tree(self.folder)
+                state = fresh
+            self.folder.mkdir(parents=True, exist_ok=True)
+            yield state
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write down what is known."""
+        beside = self._state_file.with_suffix(".new")
+        beside.write_text(json.dumps(state, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        beside.replace(self._state_file)
+
+    def lay(self, changes: _Changes, state: dict[str, Any]) -> list[str]:
+        """Bring the files of the tree up to date; returns the names of those that changed.
+
+        Each gets the time of now, also where it becomes what it was in the release: the object beside it may be newer
+        than the release's file.
+        """
+        laid: dict[str, str] = state["laid"]
+        wanted = {name: digest(path) if path else "" for name, path in changes.files.items()}
+        touched = sorted(name for name in {*laid, *wanted} if laid.get(name) != wanted.get(name))
+        state["pending"] = sorted({*state["pending"], *touched})
+        state["laid"] = wanted
+        self.save(state)  # before the first file: what a killed run laid is laid again
+        for name in touched:
+            # The overlay is not mounted now, so its upper layer may be changed as any folder.
+            target = self.folder / "upper" / name
+            source = changes.files[name] if name in changes.files else self.base / name
+            if target.exists() or target.is_symlink() or _is_whiteout(target):
+                target.unlink()
+            if source is not None and source.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+                target.chmod(stat.S_IMODE(source.stat().st_mode))
+            elif (self.base / name).exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.mknod(target, stat.S_IFCHR, os.makedev(0, 0))  # how overlayfs says "gone"
+        return touched
+
+    def make(self, state: dict[str, Any]) -> None:
+        """Compile and install what the pending changes touch.
+
+        Raises:
+            BuildError: it does not compile, or an option did not survive.
+        """
+        mounts = self._mounts()
+        configured = self._configure(state, mounts)
+        names = [name for name in state["pending"] if not name.startswith(_INERT)]
+        if state["whole"] and not configured and not names:
+            return
+        local = f"LOCALVERSION=-{self._local}"
+        if state["whole"] and not configured and all(_is_ipvs(name) for name in names):
+            with progress.step("compiling the modules of IPVS"):
+                self._run(self.room.make(local, f"M={_IPVS}", "modules"), mounts, "compiling IPVS")
+                self._install_ipvs(mounts)
+            return
+        state["whole"] = False
+        self.save(state)
+        with progress.step("compiling what changed"):
+            self._run(self.room.make(local, "all"), mounts, "compiling the kernel")
+        with progress.step("installing modules"):
+            self._install(local)
+        state["whole"] = True
+
+    def _mounts(self) -> dict[str, Any]:
+        overlay = Overlay(self.base, self.folder / "upper", self.folder / "work", build.TREE)
+        return {"binds": {self.room.cache(): "/build/ccache"}, "overlays": [overlay]}
+
+    def _run(self, command: list[str], mounts: Mapping[str, Any], what: str) -> None:
+        self.log.unlink(missing_ok=True)
+        self.room.run_in_tree(command, mounts, self.log, what, f"read {self.log}; the first error is what counts")
+
+    def _options(self) -> list[config.Option]:
+        item = build.flavour(TESTED, self.room.room)
+        if not self.debug:
+            return [*self.room.options, *item.options]
+        own = self.room.debug_options()
+        kept = [option for option in item.options if option.name not in {o.name for o in own}]
+        more = self.room.room / TESTED / "debug.config"  # options that only the series knows
+        extra = config.read([more], self.room.room.parent) if more.exists() else []
+        return config.override([*own, *kept], extra)
+
+    def _configure(self, state: dict[str, Any], mounts: Mapping[str, Any]) -> bool:
+        """Configure where options or Kconfig files changed; returns whether the result is another."""
+        options = self._options()
+        kconfig = {name: value for name, value in state["laid"].items() if "Kconfig" in Path(name).name}
+        asked = json.dumps([[[o.name, o.value] for o in options], kconfig])
+        if state["config"] == asked:
+            return False
+        current = self.folder / "upper" / ".config"
+        before = current.read_text(encoding="utf-8") if current.exists() else ""
+        after = self.room.configure(options, mounts, self.folder, self.log)
+        state["config"] = asked
+        return after != before
+
+    def _install(self, local: str) -> None:
+        fresh = self.folder / "kernel.new"
+        remove_tree(fresh)
+        (fresh / "boot").mkdir(parents=True)
+        mounts = self._mounts()
+        mounts["binds"][fresh] = "/build/kernel"
+        install = self.room.make(
+            "-s", local, "INSTALL_MOD_PATH=/build/kernel", "INSTALL_MOD_STRIP=1", "modules_install"
+        )
+        self._run(install, mounts, "installing modules")
+        shutil.copyfile(self.folder / "upper/arch/x86/boot/bzImage", fresh / "boot" / f"vmlinuz-{self.uname}")
+        for link in ("build", "source"):
+            (fresh / "lib/modules" / self.uname / link).unlink(missing_ok=True)
+        remove_tree(self.result)
+        fresh.rename(self.result)
+
+    def _install_ipvs(self, mounts: Mapping[str, Any]) -> None:
+        """Copy the modules that make M= rebuilt; depmod, because one of them may need another than before."""
+        target = self.result / "lib/modules" / self.uname / "kernel" / _IPVS
+        for module in sorted((self.folder / "upper" / _IPVS).glob("*.ko")):
+            beside = target / f".{module.name}.new"
+            shutil.copyfile(module, beside)
+            beside.replace(target / module.name)
+        inside = {**mounts, "binds": {**mounts["binds"], self.result: "/build/kernel"}}
+        self._run(["depmod", "-b", "/build/kernel", self.uname], inside, "depmod")
+
+    def build(self, changes: _Changes) -> Built:
+        """Bring the kernel up to date with the changes.
+
+        Raises:
+            BuildError: it does not compile.
+        """
+        self.room.store.ensure(self.stage)
+        with self.open() as state:
+            if not state["whole"]:
+                self.room.store.require_space(_SPACE["develop"], "building a kernel to test")
+            touched = self.lay(changes, state)
+            if touched:
+                more = f" and {len(touched) - 5} more" if len(touched) > 5 else ""
+                progress.note(f"changed: {', '.join(touched[:5])}{more}")
+            try:
+                self.make(state)
+            finally:
+                self.save(state)
+            remove_tree(self.result / "selftests")
+            _selftests(self.base, changes, self.result / "selftests")
+            state["pending"] = []
+            self.save(state)
+        return Built(changes.title, self.uname, self.result, self.debug)
+
+
+def _is_whiteout(path: Path) -> bool:
+    try:
+        return stat.S_ISCHR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _is_ipvs(name: str) -> bool:
+    """Whether only the modules of IPVS are made of it, and the same ones as before."""
+    return name.startswith(f"{_IPVS}/") and name.endswith((".c", ".h"))
+
+
+def chosen(*, debug: bool, store: Store | None = None) -> Built:
+    """The kernel for `invoke test-kernel`: the unpacked tree if there is one; else the package, or the series to debug.
+
+    Raises:
+        BuildError: it does not compile.
+    """
+    store = store or Store()
+    room = build.kernels(store)
+    tree = series.workplace(build.ROOM / TESTED)
+    if tree.exists():
+        return Workshop(room, debug=debug).build(_Changes.of_tree(room, tree))
+    if not debug:
+        return packaged(TESTED, store)
+    workshop = Workshop(room, debug=True)
+    store.ensure(workshop.stage)
+    scratch = store.root / "tmp" / "kernel-develop-series"
+    try:
+        return workshop.build(_Changes.of_series(room, TESTED, workshop.base, scratch))
+    finally:
+        remove_tree(scratch)
+
+
+def test(expression: str, *, debug: bool) -> None:
+    """Build the kernel that is worked on, boot it and run its tests.
+
+    Args:
+        expression: pytest's `-k`, or "".
+        debug: on the debug build.
+
+    Raises:
+        BuildError: it does not compile, or a test failed.
+    """
+    built = chosen(debug=debug)
+    note = built.save(settings.out() / "test-kernel" / "kernel.json")
+    arguments = [str(TESTS), "-m", "guest", "--kernel-under-test", str(note)]
+    if expression:
+        arguments += ["-k", expression]
+    if settings.current.keep:
+        arguments += ["--keep-machine", "--exitfirst"]
+    testing.pytest(*arguments)
