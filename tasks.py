@@ -11,6 +11,7 @@ from typing import Any
 from invoke.collection import Collection
 
 from image import bake
+from kernel import bench, develop
 from kernel import build as kernel_build
 from pipeline import clean as cleaning
 from pipeline import doctor as doctoring
@@ -45,6 +46,35 @@ def image(_c: Any) -> None:
 def test(_c: Any, k: str = "", fast: bool = False) -> None:
     """Run the tests; what they need is built first."""
     testing.run_all(k, fast=fast, build=bake.everything)
+
+
+@command(
+    "offline",
+    "locked",
+    "keep",
+    name="test-kernel",
+    help={
+        "k": "only tests whose name matches this pytest expression",
+        "debug": "on a build with KASAN, lockdep, kmemleak and other checks, compiled once for that",
+    },
+)
+def test_kernel(_c: Any, k: str = "", debug: bool = False) -> None:
+    """Compile what changed in out/work/kernel-lvs (without it: the packages' kernel), boot it and run its tests."""
+    develop.test(k, debug=debug)
+
+
+@command(
+    "offline",
+    "locked",
+    name="bench-forwarding",
+    help={
+        "json": "a file that takes the rows as JSON",
+        "rounds": "how many; 0: five, or twenty where instructions cannot be counted",
+    },
+)
+def bench_forwarding(_c: Any, json: str = "", rounds: int = 0) -> None:
+    """Compare FULLNAT with stock NAT, and stock NAT with that of the unpatched kernel; about ten minutes."""
+    _show(bench.forwarding(tools_build.stage("ipvsadm"), rounds, Path(json) if json else None))
 
 
 @command()
@@ -101,7 +131,7 @@ def sources_update(_c: Any, name: str = "") -> None:
 @command(name="refresh-roots")
 def refresh_roots(_c: Any) -> None:
     """Take the archive's newest packages into the build roots and the images' base."""
-    for root in bake.roots():
+    for root in [*bake.roots(), develop.guest_root()]:
         root.refresh()
 
 
