@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable, Iterator
+
 import pytest
 
 from image.checks.conftest import Ask
+from pipeline import settings
 
 # keepalived reports that it is up only when it has something to do. The addresses are of the documentation's range.
 VIRTUAL_SERVER = """virtual_server 192.0.2.1 80 {
@@ -83,6 +87,108 @@ def test_a_service_waits_for_its_configuration(ask: Ask, unit: str) -> None:
         ask(f"printf '%s' '{text}' >{path} && systemctl start {unit} && systemctl is-active {unit}")
     finally:
         ask(f"systemctl stop {unit}; rm -f {path}; systemctl reset-failed {unit} 2>/dev/null || :")
+
+
+# As the operations manual types it, and as systemd does.
+COMMANDS = ("service {unit} {verb}", "systemctl {verb} {unit}")
+MANUAL = settings.TOP / "provision/examples/manual/ospf/etc/quagga"
+# As the manual types them, with where its files send their logs.
+ROUTING = {
+    "zebra": ("/usr/sbin/zebra -d -f /etc/quagga/zebra.conf", "/var/log/zebra.log"),
+    "ospfd": ("/usr/sbin/ospfd -d -f /etc/quagga/ospf.conf", "/var/log/ospf.log"),
+}
+Do = Callable[[str, str], str]
+
+
+def settled(ask: Ask, command: str) -> None:
+    """Wait until a command succeeds: what a signal starts takes a moment."""
+    ask(f"for n in $(seq 100); do {command} && exit 0; sleep 0.2; done; exit 1")
+
+
+@pytest.fixture(params=COMMANDS, ids=["service", "systemctl"])
+def do(ask: Ask, request: pytest.FixtureRequest) -> Do:
+    """Do something to a unit, in one of the two ways."""
+    return lambda verb, unit: ask(request.param.format(verb=verb, unit=unit))
+
+
+@pytest.mark.usefixtures("director")
+def test_keepalived_is_started_reloaded_and_stopped(ask: Ask, do: Do) -> None:
+    path, text = WAITING["keepalived"]
+    pid = "systemctl show -P MainPID keepalived"
+    try:
+        ask(f"printf '%s' {shlex.quote(text)} >{path}")
+        do("start", "keepalived")
+        first = ask(pid)
+        assert first != "0"
+        settled(ask, "ipvsadm -Ln | grep -q 192.0.2.2:80")
+        ask(f"sed -i s/192.0.2.2/192.0.2.3/ {path}")
+        do("reload", "keepalived")
+        settled(ask, "ipvsadm -Ln | grep -q 192.0.2.3:80")
+        assert ask(pid) == first, "a reload is no restart"
+        do("status", "keepalived")
+        do("stop", "keepalived")
+        assert "192.0.2.1:80" not in ask("ipvsadm -Ln")
+        assert ask("pgrep -x keepalived || :") == ""
+    finally:
+        ask(f"systemctl stop keepalived; rm -f {path}; systemctl reset-failed keepalived 2>/dev/null || :")
+
+
+@pytest.fixture
+def manual(ask: Ask) -> Iterator[None]:
+    """The manual's files for the routing daemons, as root's editor leaves them."""
+    files = sorted(MANUAL.glob("*.conf"))
+    assert [file.name for file in files] == ["ospf.conf", "zebra.conf"]
+    for file in files:
+        text = shlex.quote(file.read_text(encoding="utf-8"))
+        ask(f"printf '%s' {text} >/etc/quagga/{file.name}")
+    yield
+    ask("systemctl stop ospfd zebra; rm -f /etc/quagga/*.conf.sav /etc/quagga/ospf.conf /etc/quagga/zebra.conf")
+    ask("systemctl reset-failed ospfd zebra 2>/dev/null || :")
+
+
+def check_routing(ask: Ask, word: str) -> None:
+    """Both daemons run with the manual's configuration, and log a word where it says."""
+    shown = ask("vtysh -d ospfd -c 'show running-config'")
+    assert " ip ospf hello-interval 3\n" in shown
+    assert " area 0.0.0.11 stub no-summary\n" in shown
+    assert "password 8 123456\n" in ask("vtysh -d zebra -c 'show running-config'")
+    # vtysh has no word for a line in the log; what it tells both daemons is logged
+    ask(f"vtysh -c 'configure terminal' -c 'log commands' -c 'access-list {word} permit any'")
+    for daemon, (_, log) in ROUTING.items():
+        assert ask(f"stat -c %U $(readlink /proc/$(cat /run/frr/{daemon}.pid)/exe) {log}").split() == ["root", "frr"]
+        settled(ask, f"grep -q {word} {log}")
+    settled(ask, f"grep -q 'ospfd.*{word}' /var/log/messages")  # `log syslog` of its file
+
+
+@pytest.mark.usefixtures("director", "manual")
+def test_routing_daemons_are_started_restarted_and_stopped(ask: Ask, do: Do) -> None:
+    for daemon in ROUTING:
+        do("start", daemon)
+    check_routing(ask, "lvsforge-started")
+    for daemon in ROUTING:
+        before = ask(f"cat /run/frr/{daemon}.pid")
+        do("restart", daemon)
+        do("status", daemon)
+        assert ask(f"cat /run/frr/{daemon}.pid") != before
+    check_routing(ask, "lvsforge-restarted")
+    # what the operator changed in the daemon is written to the manual's own file
+    ask("vtysh -d ospfd -c 'write file' && grep -q 'stub no-summary' /etc/quagga/ospf.conf.sav")
+    for daemon in ROUTING:
+        do("stop", daemon)
+        assert ask(f"pgrep -x {daemon} || :") == ""
+
+
+@pytest.mark.usefixtures("director", "manual")
+def test_routing_daemons_are_started_by_hand(ask: Ask) -> None:
+    """The manual's lines as they are printed, by root, with files that are root's."""
+    try:
+        for line, _ in ROUTING.values():
+            ask(line)
+        check_routing(ask, "lvsforge-typed")
+        assert set(ask("ps -o user= -C zebra,ospfd").split()) == {"frr"}
+    finally:
+        ask("for d in ospfd zebra; do [ ! -e /run/frr/$d.pid ] || kill $(cat /run/frr/$d.pid); done")
+        settled(ask, "! pgrep -x 'zebra|ospfd' >/dev/null")
 
 
 @pytest.mark.usefixtures("realserver")

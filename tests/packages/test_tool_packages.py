@@ -229,6 +229,15 @@ def test_nothing_lies_where_only_debian_looks(room: Room, name: str) -> None:
                 "/usr/share/man/man8/frr-ospfd.8.gz",
             ],
         ),
+        (
+            "toa-bpf",
+            [
+                "/etc/toa-bpf.conf",
+                "/usr/sbin/toa-bpf",
+                "/usr/lib/systemd/system/toa-bpf.service",
+                "/usr/share/man/man8/toa-bpf.8.gz",
+            ],
+        ),
     ],
 )
 def test_files_lie_where_the_manual_says(room: Room, name: str, paths: list[str]) -> None:
