@@ -56,11 +56,12 @@ def test(_c: Any, k: str = "", fast: bool = False) -> None:
     help={
         "k": "only tests whose name matches this pytest expression",
         "debug": "on a build with KASAN, lockdep, kmemleak and other checks, compiled once for that",
+        "flavour": "whose kernel: lvs (director), rs (real server)",
     },
 )
-def test_kernel(_c: Any, k: str = "", debug: bool = False) -> None:
+def test_kernel(_c: Any, k: str = "", debug: bool = False, flavour: str = develop.TESTED) -> None:
     """Compile what changed in out/work/kernel-lvs (without it: the packages' kernel), boot it and run its tests."""
-    develop.test(k, debug=debug)
+    develop.test(k, debug=debug, flavour=flavour)
 
 
 @command(

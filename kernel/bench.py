@@ -134,6 +134,7 @@ ROWS = (
         (Comparison("memory", "fullnat", "stock"),),
         lower_is_better=True,
     ),
+    Row("toa-insert", "client named to the server / not", 0.98, _against(["toa-v4", "toa-v6"], "on", "off")),
 )
 
 

@@ -24,11 +24,12 @@ from pipeline.errors import BuildError
 from pipeline.sandbox import Overlay
 from pipeline.store import Stage, Store, digest, remove_tree
 
-TESTED = "lvs"  # the flavour that has a series worth a loop
+TESTED = "lvs"  # the flavour that is meant when none is named
 TESTS = settings.TOP / "tests" / "kernel"
 # Changes below them alter no object of the kernel.
 _INERT = ("Documentation/", "tools/", "LICENSES/", "MAINTAINERS", "CREDITS", ".gitignore", ".mailmap")
-_IPVS = "net/netfilter/ipvs"
+# Of each flavour the folder that only modules are made of, most of which its series writes.
+_MODULES = {"lvs": "net/netfilter/ipvs", "rs": "net/netfilter/ipvs"}
 # What the kernel's own tests of the network need to run: scripts, nothing compiled.
 _SELFTESTS = "tools/testing/selftests"
 _SCRIPTS = ("net/netfilter", "net/lib.sh", "net/lib", "kselftest")
@@ -45,12 +46,14 @@ class Built:
         uname: what `uname -r` prints.
         folder: holds boot/vmlinuz-UNAME, lib/modules/UNAME, selftests/.
         debug: whether it is the debug build.
+        flavour: whose series it has.
     """
 
     title: str
     uname: str
     folder: Path
     debug: bool = False
+    flavour: str = TESTED
 
     @property
     def image(self) -> Path:
@@ -92,7 +95,8 @@ def packaged(name: str, store: Store | None = None) -> Built:
     store = store or Store()
     room = build.kernels(store)
     folder = store.ensure(_unpacked_stage(room, name))
-    return Built(f"kernel-{name} {room.tarball.version}-{room.release(name)}", room.uname(name), folder)
+    title = f"kernel-{name} {room.tarball.version}-{room.release(name)}"
+    return Built(title, room.uname(name), folder, flavour=name)
 
 
 def _unpacked_stage(room: build.Kernels, name: str) -> Stage:
@@ -150,7 +154,7 @@ class _Changes:
         return cls(f"the series of kernel/{name}", files)
 
     @classmethod
-    def of_tree(cls, room: build.Kernels, tree: Path) -> _Changes:
+    def of_tree(cls, room: build.Kernels, tree: Path, flavour: str = TESTED) -> _Changes:
         """What a git tree of `invoke unpack` changes, committed or not.
 
         Raises:
@@ -161,7 +165,7 @@ class _Changes:
         if label != wanted:
             raise BuildError(
                 f"{tree} was made from {label}, the pinned source is {wanted}",
-                f"invoke series-rebase kernel/{TESTED} --version {room.tarball.version}, or move the tree away",
+                f"invoke series-rebase kernel/{flavour} --version {room.tarball.version}, or move the tree away",
             )
         files = {name: tree / name if (tree / name).is_file() else None for name in names}
         return cls(f"the tree {tree}", files)
@@ -173,13 +177,17 @@ class Workshop:
     Args:
         room: the kernels.
         debug: on the debug tree.
+        flavour: whose series or tree is laid into it.
     """
 
-    def __init__(self, room: build.Kernels, *, debug: bool) -> None:
+    def __init__(self, room: build.Kernels, *, debug: bool, flavour: str = TESTED) -> None:
         self.room = room
         self.debug = debug
+        self.flavour = flavour
+        self.modules = _MODULES[flavour]
         self.stage = room.debug_stage() if debug else room.base_stage()
-        self.name = "debug" if debug else "plain"
+        kind = "debug" if debug else "plain"
+        self.name = kind if flavour == TESTED else f"{kind}-{flavour}"
         self.folder = room.store.root / "kernel-develop" / self.name
         self.base = room.store.path(self.stage) / "tree"
         self.result = self.folder / "kernel"
@@ -251,10 +259,11 @@ class Workshop:
         if state["whole"] and not configured and not names:
             return
         local = f"LOCALVERSION=-{self._local}"
-        if state["whole"] and not configured and all(_is_ipvs(name) for name in names):
-            with progress.step("compiling the modules of IPVS"):
-                self._run(self.room.make(local, f"M={_IPVS}", "modules"), mounts, "compiling IPVS")
-                self._install_ipvs(mounts)
+        if state["whole"] and not configured and all(self._is_of_modules(name) for name in names):
+            with progress.step(f"compiling the modules of {self.modules}"):
+                make = self.room.make(local, f"M={self.modules}", "modules")
+                self._run(make, mounts, f"compiling {self.modules}")
+                self._install_modules(mounts)
             return
         state["whole"] = False
         self.save(state)
@@ -273,12 +282,12 @@ class Workshop:
         self.room.run_in_tree(command, mounts, self.log, what, f"read {self.log}; the first error is what counts")
 
     def _options(self) -> list[config.Option]:
-        item = build.flavour(TESTED, self.room.room)
+        item = build.flavour(self.flavour, self.room.room)
         if not self.debug:
             return [*self.room.options, *item.options]
         own = self.room.debug_options()
         kept = [option for option in item.options if option.name not in {o.name for o in own}]
-        more = self.room.room / TESTED / "debug.config"  # options that only the series knows
+        more = self.room.room / self.flavour / "debug.config"  # options that only the series knows
         extra = config.read([more], self.room.room.parent) if more.exists() else []
         return config.override([*own, *kept], extra)
 
@@ -311,10 +320,10 @@ class Workshop:
         remove_tree(self.result)
         fresh.rename(self.result)
 
-    def _install_ipvs(self, mounts: Mapping[str, Any]) -> None:
+    def _install_modules(self, mounts: Mapping[str, Any]) -> None:
         """Copy the modules that make M= rebuilt; depmod, because one of them may need another than before."""
-        target = self.result / "lib/modules" / self.uname / "kernel" / _IPVS
-        for module in sorted((self.folder / "upper" / _IPVS).glob("*.ko")):
+        target = self.result / "lib/modules" / self.uname / "kernel" / self.modules
+        for module in sorted((self.folder / "upper" / self.modules).glob("*.ko")):
             beside = target / f".{module.name}.new"
             shutil.copyfile(module, beside)
             beside.replace(target / module.name)
@@ -343,7 +352,11 @@ class Workshop:
             _selftests(self.base, changes, self.result / "selftests")
             state["pending"] = []
             self.save(state)
-        return Built(changes.title, self.uname, self.result, self.debug)
+        return Built(changes.title, self.uname, self.result, self.debug, self.flavour)
+
+    def _is_of_modules(self, name: str) -> bool:
+        """Whether only those modules are made of it, and the same ones as before."""
+        return name.startswith(f"{self.modules}/") and name.endswith((".c", ".h"))
 
 
 def _is_whiteout(path: Path) -> bool:
@@ -353,45 +366,44 @@ def _is_whiteout(path: Path) -> bool:
         return False
 
 
-def _is_ipvs(name: str) -> bool:
-    """Whether only the modules of IPVS are made of it, and the same ones as before."""
-    return name.startswith(f"{_IPVS}/") and name.endswith((".c", ".h"))
-
-
-def chosen(*, debug: bool, store: Store | None = None) -> Built:
+def chosen(*, debug: bool, flavour: str = TESTED, store: Store | None = None) -> Built:
     """The kernel for `invoke test-kernel`: the unpacked tree if there is one; else the package, or the series to debug.
 
     Raises:
-        BuildError: it does not compile.
+        BuildError: there is no such flavour, or it does not compile.
     """
     store = store or Store()
     room = build.kernels(store)
-    tree = series.workplace(build.ROOM / TESTED)
+    if flavour not in _MODULES:
+        known = "|".join(_MODULES)
+        raise BuildError(f"there is no flavour {flavour!r} to test", f"invoke test-kernel --flavour {known}")
+    tree = series.workplace(build.ROOM / flavour)
     if tree.exists():
-        return Workshop(room, debug=debug).build(_Changes.of_tree(room, tree))
+        return Workshop(room, debug=debug, flavour=flavour).build(_Changes.of_tree(room, tree, flavour))
     if not debug:
-        return packaged(TESTED, store)
-    workshop = Workshop(room, debug=True)
+        return packaged(flavour, store)
+    workshop = Workshop(room, debug=True, flavour=flavour)
     store.ensure(workshop.stage)
-    scratch = store.root / "tmp" / "kernel-develop-series"
+    scratch = store.root / "tmp" / f"kernel-develop-series-{flavour}"
     try:
-        return workshop.build(_Changes.of_series(room, TESTED, workshop.base, scratch))
+        return workshop.build(_Changes.of_series(room, flavour, workshop.base, scratch))
     finally:
         remove_tree(scratch)
 
 
-def test(expression: str, *, debug: bool) -> None:
+def test(expression: str, *, debug: bool, flavour: str = TESTED) -> None:
     """Build the kernel that is worked on, boot it and run its tests.
 
     Args:
         expression: pytest's `-k`, or "".
         debug: on the debug build.
+        flavour: whose kernel.
 
     Raises:
         BuildError: it does not compile, or a test failed.
     """
-    built = chosen(debug=debug)
-    note = built.save(settings.out() / "test-kernel" / "kernel.json")
+    built = chosen(debug=debug, flavour=flavour)
+    note = built.save(settings.out() / "test-kernel" / f"kernel-{flavour}.json")
     arguments = [str(TESTS), "-m", "guest", "--kernel-under-test", str(note)]
     if expression:
         arguments += ["-k", expression]

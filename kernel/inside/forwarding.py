@@ -379,6 +379,15 @@ class Bench:
         if self.round:
             say(trial="memory", side=side, round=self.round, value=value)
 
+    def naming(self) -> None:
+        """Connections per second with the client's address told to the real server, and without."""
+        self.sides.load("fullnat")
+        for family in VIP:
+            connrate(family, 200)
+            for side in ("on", "off") if self.round % 2 else ("off", "on"):
+                sysctl(DIRECTOR, net__ipv4__vs__fullnat_toa_entry=int(side == "on"))
+                self.note(f"toa-v{family}", side, partial(connrate, family, self.plan["connections"]))
+
     def fill(self, pool: str) -> None:
         """Take all ports of a pool, then give a tenth back: any, or those that were taken last.
 
@@ -433,6 +442,7 @@ class Bench:
             sides = ["fullnat", "nat", "stock"]
             for side in sides if self.round % 2 else reversed(sides):
                 self.forwarding(side)
+            self.naming()
             self.pools()
             for side in ("fullnat", "stock") if self.round % 2 else ("stock", "fullnat"):
                 self.memory(side)

@@ -1,7 +1,8 @@
 """The machine under test as fixtures: booted once a session, judged by its kernel's log after every test.
 
 `guest` is the machine, `lab` its namespaces for one test, `site` makes the usual topology in it. A test that asks for
-one of them carries the marks `build` and `guest`. A module with `STOCK = True` runs on the unpatched kernel as well.
+one of them carries the marks `build` and `guest`. A module's `FLAVOURS` are the kernels that it runs on, `STOCK = True`
+means all of them; without either it is the director's.
 """
 
 from __future__ import annotations
@@ -39,11 +40,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Which kernels a test boots."""
     if "machines" not in metafunc.fixturenames:
         return
-    if metafunc.config.getoption("kernel_under_test", None):
-        names = [_DEVELOPED]
-    else:
-        names = ["lvs", "rs"] if getattr(metafunc.module, "STOCK", False) else ["lvs"]
+    developed = metafunc.config.getoption("kernel_under_test", None)
+    names = [_DEVELOPED] if developed else _flavours(metafunc.module)
     metafunc.parametrize("machines", names, indirect=True, scope="session")
+
+
+def _flavours(module: Any) -> list[str]:
+    return list(getattr(module, "FLAVOURS", ("lvs", "rs") if getattr(module, "STOCK", False) else ("lvs",)))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests of other kernels than the one under test."""
+    option = config.getoption("kernel_under_test", None)
+    if not option:
+        return
+    flavour = develop.Built.load(option).flavour
+    others = [item for item in items if flavour not in _flavours(getattr(item, "module", None))]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -42,10 +42,8 @@ class Namespace:
         self.guest = lab.guest
         self.name = name
         self.handle = f"{lab.prefix}-{name}"
-        self.guest.ask("namespace_add", name=self.handle)
-        self.ip("link set lo up")
-        for key, value in _SYSCTL.items():
-            self.sysctl(key, value)
+        settings = {key.replace(".", "/"): value for key, value in _SYSCTL.items()}
+        self.guest.ask("namespace_add", name=self.handle, settings=settings)
 
     # -- programs
 
@@ -68,8 +66,12 @@ class Namespace:
     # -- settings
 
     def ip(self, *lines: str) -> None:
-        """Lines for ip(8), done by one process."""
-        self.run("ip", "-batch", "-", stdin="".join(f"{line}\n" for line in lines))
+        """Lines for ip(8), done by one process: its start is what takes time."""
+        self.start_ip(*lines).wait()
+
+    def start_ip(self, *lines: str) -> Background:
+        """As `ip`, in the background."""
+        return self.start("ip", "-batch", "-", stdin="".join(f"{line}\n" for line in lines))
 
     def read(self, path: str) -> str:
         """A file's text, as this namespace sees it."""
@@ -357,3 +359,28 @@ class Lab:
             hint=f"read {self.guest.machine.console}",
             tail_of=lambda: self.guest.log[-20:],
         )
+
+
+def selftest(guest: Guest, script: str) -> Done:
+    """Run one of the kernel's own tests, a script of tools/testing/selftests/net/netfilter.
+
+    Its time limits and pauses are those of real hardware, and scaled here as all others are: by programs of the same
+    names that it finds first.
+    """
+    folder = "/tmp/scaled"  # noqa: S108  the guest's
+    scale = int(guest.scale)
+    programs = {
+        "sleep": "exec /usr/bin/sleep" + ' "$1"' * scale,  # it adds them up, parts of seconds as well
+        "timeout": f'limit=$(($1 * {scale}))\nshift\nexec /usr/bin/timeout "$limit" "$@"',
+    }
+    guest.run("mkdir", "-p", folder)
+    for name, line in programs.items():
+        guest.write(f"{folder}/{name}", f"#!/bin/sh\n{line}\n")
+        guest.run("chmod", "+x", f"{folder}/{name}")
+    path = f"{folder}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    command = f"cd /kernel/selftests/net/netfilter && exec bash ./{script}"
+    done = guest.run("sh", "-c", command, seconds=60, env={"PATH": path})
+    said = (done.out + done.err).upper()
+    if "PASS" not in said or "FAIL" in said or "SKIP" in said:
+        raise Failed(str(done))
+    return done

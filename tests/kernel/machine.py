@@ -1,6 +1,6 @@
 """The machine in which a kernel is tested: booted once, spoken to through its agent (inside/agent.py).
 
-Its root is the Debian tree of root.yaml with our ipvsadm over it, read-only over 9p, with an overlay in memory for
+Its root is the Debian tree of root.yaml with our programs over it, read-only over 9p, with an overlay in memory for
 what is written. Modules and the kernel's own selftests come with the kernel under test.
 """
 
@@ -29,6 +29,7 @@ from tools import build as tools
 HERE = Path(__file__).resolve().parent
 _9P = "trans=virtio,version=9p2000.L,msize=512000,cache=loose"
 _PORT = "lvsforge.agent"  # as in inside/agent.py
+_PROGRAMS = ("ipvsadm", "quagga", "toa-bpf")  # folders of tools/
 # Slower than a plain kernel on the same machine, measured with the tests of stock NAT.
 _DEBUG_SCALE = 3.0
 _MEMORY = {False: 1024, True: 3072}  # MiB; KASAN's shadow and quarantine, kmemleak's and lockdep's tables
@@ -330,13 +331,14 @@ def root(store: Store) -> Root:
 def programs_stage(store: Store) -> Stage:
     """Our packages that are used in the machine, unpacked."""
     room = tools.room(store)
-    package = room.stage("ipvsadm")
+    packages = [room.stage(name) for name in _PROGRAMS]
 
     def unpack(out: Path) -> None:
-        for file in tools.packages(store.path(package)):
+        for file in (file for package in packages for file in tools.packages(store.path(package))):
             rpm.unpack(sandbox.Sandbox(store.path(room.root.stage()) / "root"), file, out / "root")
 
-    return Stage("test-programs", {"rev": 1}, unpack, [package, room.root.stage()], title="unpacking ipvsadm")
+    title = f"unpacking {', '.join(_PROGRAMS)}"
+    return Stage("test-programs", {"rev": 1}, unpack, [*packages, room.root.stage()], title=title)
 
 
 @contextlib.contextmanager
@@ -388,6 +390,7 @@ def booted(kernel: develop.Built, work: Path, store: Store, *, may_keep: bool = 
             work,
             Accelerator.probe(store.root),
             kernel=kernel.image,
+            initrd=kernel.initrd,
             append=" ".join(filter(None, words)),
             shares=[
                 Share(tree, "/dev/root"),

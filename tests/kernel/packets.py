@@ -13,6 +13,7 @@ from functools import cached_property
 
 IPV4, IPV6, VLAN = 0x0800, 0x86DD, 0x8100
 ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
+FRAGMENT, DSTOPTS = 44, 60  # IPv6 extension headers
 FLAGS = "FSRPAUEC"  # from the lowest bit up
 # TCP options
 END, NOP, MSS, WSCALE, SACK_OK, SACK, TIMESTAMP = 0, 1, 2, 3, 4, 5, 8
@@ -84,13 +85,30 @@ def options(*parts: bytes) -> bytes:
 # --- making
 
 
-def internet(source: str, target: str, protocol: int, payload: bytes, *, ttl: int = 64, df: bool = True) -> bytes:
-    """A whole IPv4 or IPv6 packet."""
+def internet(
+    source: str, target: str, protocol: int, payload: bytes, *, ttl: int = 64, df: bool = True, extra: bytes = b""
+) -> bytes:
+    """A whole IPv4 or IPv6 packet.
+
+    Args:
+        source, target: addresses.
+        protocol: of the payload.
+        payload: what it carries.
+        ttl: the hop limit.
+        df: of IPv4.
+        extra: IPv4: options, a multiple of four bytes; IPv6: what a header of destination options holds, eight times n
+            less two bytes.
+    """
     if family(source) == 6:
+        if extra:
+            payload = bytes([protocol, (2 + len(extra)) // 8 - 1]) + extra + payload
+            protocol = DSTOPTS
         head = struct.pack("!IHBB", 6 << 28, len(payload), protocol, ttl)
         return head + packed(source) + packed(target) + payload
-    head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(payload), 0x1234, 0x4000 if df else 0, ttl, protocol, 0)
-    head += packed(source) + packed(target)
+    words = 5 + len(extra) // 4
+    length = words * 4 + len(payload)
+    head = struct.pack("!BBHHHBBH", 0x40 | words, 0, length, 0x1234, 0x4000 if df else 0, ttl, protocol, 0)
+    head += packed(source) + packed(target) + extra
     return head[:10] + struct.pack("!H", ~total(head) & 0xFFFF) + head[12:] + payload
 
 
@@ -120,6 +138,7 @@ def tcp(
     partial: bool = False,
     ttl: int = 64,
     df: bool = True,
+    extra: bytes = b"",
 ) -> bytes:
     """A TCP segment in its packet.
 
@@ -130,21 +149,30 @@ def tcp(
         option: see `options`.
         data: the payload.
         partial: only the pseudo header is summed up, as for a device that does the rest.
-        ttl, df: of the packet.
+        ttl, df, extra: of the packet, see `internet`.
     """
     bits = sum(1 << FLAGS.index(flag) for flag in flags)
     head = struct.pack("!HHII", ends.sport, ends.dport, seq & 0xFFFFFFFF, ack & 0xFFFFFFFF)
     head += struct.pack("!BBHHH", (5 + len(option) // 4) << 4, bits, window, 0, 0) + option
     segment = _summed(ends, TCP, head + data, 16, partial)
-    return internet(ends.source, ends.target, TCP, segment, ttl=ttl, df=df)
+    return internet(ends.source, ends.target, TCP, segment, ttl=ttl, df=df, extra=extra)
 
 
-def udp(ends: Ends, data: bytes = b"", *, checksum: bool = True, ttl: int = 64, df: bool = True) -> bytes:
-    """A UDP datagram in its packet; without `checksum` the field is 0, which IPv4 allows."""
+def udp(
+    ends: Ends,
+    data: bytes = b"",
+    *,
+    checksum: bool = True,
+    partial: bool = False,
+    ttl: int = 64,
+    df: bool = True,
+    extra: bytes = b"",
+) -> bytes:
+    """A UDP datagram in its packet; without `checksum` the field is 0, which IPv4 allows. The rest is as with `tcp`."""
     datagram = struct.pack("!HHHH", ends.sport, ends.dport, 8 + len(data), 0) + data
     if checksum:
-        datagram = _summed(ends, UDP, datagram, 6, False)
-    return internet(ends.source, ends.target, UDP, datagram, ttl=ttl, df=df)
+        datagram = _summed(ends, UDP, datagram, 6, partial)
+    return internet(ends.source, ends.target, UDP, datagram, ttl=ttl, df=df, extra=extra)
 
 
 def error(source: str, target: str, kind: int, code: int, quoted: bytes, *, rest: int = 0, ttl: int = 64) -> bytes:
@@ -184,7 +212,7 @@ def _summed(ends: Ends, protocol: int, segment: bytes, at: int, partial: bool) -
 
 
 class Packet:
-    """An IPv4 or IPv6 packet with what it carries; extension headers other than a fragment's do not occur here."""
+    """An IPv4 or IPv6 packet with what it carries; of extension headers only those that tests make."""
 
     def __init__(self, data: bytes) -> None:
         self.version = data[0] >> 4
@@ -198,10 +226,13 @@ class Packet:
             self._addresses = (data[8:24], data[24:40])
             self.tos = (struct.unpack("!H", data[:2])[0] >> 4) & 0xFF
             self.df = True
-            if self.protocol == 44:
+            if self.protocol == FRAGMENT:
                 self.fragment = True
                 self.protocol = data[40]
                 self.header = 48
+            elif self.protocol == DSTOPTS:
+                self.protocol = data[40]
+                self.header = 48 + data[41] * 8
         else:
             self.header = (data[0] & 15) * 4
             self.tos, length, _, pieces, self.ttl, self.protocol = struct.unpack("!xBHHHBB", data[:10])
@@ -220,6 +251,11 @@ class Packet:
     def target(self) -> str:
         """Where it goes to."""
         return str(ipaddress.ip_address(self._addresses[1]))
+
+    @property
+    def extra(self) -> bytes:
+        """IPv4 options, or the content of a header of IPv6 destination options."""
+        return self.data[42 : self.header] if self.version == 6 else self.data[20 : self.header]
 
     @property
     def segment(self) -> bytes:

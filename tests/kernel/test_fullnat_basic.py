@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.kernel.lab import Namespace
 from tests.kernel.machine import Failed
 from tests.kernel.topology import FAMILIES, HOST, Connection, Site, service, url
 
@@ -248,9 +247,10 @@ def test_persistence(make: Callable[..., Site], family: int) -> None:
     assert {c.local for c in templates} == {""}
 
 
+@pytest.mark.parametrize("persistent", [False, True], ids=["", "persistent"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_firewall_mark_with_persistence(make: Callable[..., Site], family: int) -> None:
-    """Two ports that belong together: both go to one server."""
+def test_a_firewall_mark(make: Callable[..., Site], family: int, persistent: bool) -> None:
+    """Two ports that belong together, each to that port of a real server; with persistence both to one server."""
     net = make()
     for port in (80, 81):
         net.serve(port=port)
@@ -258,28 +258,31 @@ def test_a_firewall_mark_with_persistence(make: Callable[..., Site], family: int
         table inet marks {{
         chain pre {{
         type filter hook prerouting priority mangle;
-        {"ip" if family == 4 else "ip6"} daddr {net.vip(family)} tcp dport {{ 80, 81 }} meta mark set 7;
+        {"ip" if family == 4 else "ip6"} daddr {net.vip(family)} tcp dport 80-81 meta mark set 7;
         }}
         }}""")
     six = ["-6"] if family == 6 else []
-    net.director.ipvsadm("-A", "-f", "7", *six, "-s", "rr", "-p", "60")
+    net.director.ipvsadm("-A", "-f", "7", *six, "-s", "rr", *(["-p", "60"] if persistent else []))
     net.director.ipvsadm("-P", "-f", "7", *six, "-z", net.local(family))
     for number in range(2):
         net.director.ipvsadm("-a", "-f", "7", *six, "-r", service(net.server(family, number), 0), "-b")
-    answers = [net.clients[0].get(net.vip(family), port=port)[0] for port in (80, 81, 80, 81)]
-    assert len(_names(answers)) == 1
+    answers = [net.clients[0].get(net.vip(family), port=port)[0] for port in (80, 80, 81, 81)]
+    assert sorted(_names(answers).values()) == ([4] if persistent else [2, 2])
     assert {answer.split()[1] for answer in answers} == {net.local(family)}
+    assert {row.sport for row in _rows(net)} == {80, 81}
 
 
 @pytest.mark.parametrize("scheduler", ["sh", "mh"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_source_hashing(make: Callable[..., Site], family: int, scheduler: str) -> None:
-    """By the client's address, which is still known here."""
+    """By the client's address, which is still known here; with the port in the hash one client sees all servers."""
     net = make(clients=2)
     net.serve()
-    net.balance(family, "-b", scheduler=scheduler, locals_=2)
+    where = net.balance(family, "-b", scheduler=scheduler, locals_=2)
     for client in net.clients:
         assert len(_names(client.get(net.vip(family), count=4))) == 1
+    net.director.ipvsadm("-E", "-t", where, "-s", scheduler, "-b", f"{scheduler}-port")
+    assert len(_names(net.clients[0].get(net.vip(family), count=16))) == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -296,6 +299,30 @@ def test_thresholds(make: Callable[..., Site], family: int) -> None:
     assert {(row[2], row[3]) for row in net.director.destinations().values()} == {(3, 0)}
     with pytest.raises(Failed, match=r"ConnectionRefusedError|TimeoutError"):
         net.clients[0].get(net.vip(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_lower_threshold(make: Callable[..., Site], family: int) -> None:
+    """A full server is chosen again when enough of its connections have gone: each counts once, up and down."""
+    net = make(servers=1)
+    net.echo()
+    where = net.balance(family, "-b", port=53, protocol="udp", locals_=1)
+    net.director.ipvsadm("-e", "-u", where, "-r", service(net.server(family), 53), "-b", "-x", "3", "-y", "2")
+    client = net.clients[0]
+    for sport in (4000, 4001, 4002):
+        client.ask(net.vip(family), sport=sport)
+    with pytest.raises(Failed, match=r"ConnectionRefusedError|TimeoutError"):
+        client.ask(net.vip(family), sport=4003)
+    net.director.ipvsadm("--set", "0", "0", "1")
+    for sport in (4000, 4001, 4002):  # the time-out is a connection's with its next packet
+        client.ask(net.vip(family), sport=sport)
+    net.director.wait_until(lambda: not net.director.connections(), "the end of the connections")
+    net.director.ipvsadm("--set", "0", "0", "300")
+    for sport in (4000, 4001, 4002):
+        client.ask(net.vip(family), sport=sport)
+    assert sum(row[2] + row[3] for row in net.director.destinations().values()) == 3
+    with pytest.raises(Failed, match=r"ConnectionRefusedError|TimeoutError"):
+        client.ask(net.vip(family), sport=4003)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -326,24 +353,31 @@ def test_expire_quiescent_template(make: Callable[..., Site], family: int) -> No
     assert second != first
 
 
+@pytest.mark.parametrize("method", ["-b", "-g"], ids=["fullnat", "on-the-director"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_sorry_server(make: Callable[..., Site], family: int) -> None:
-    """All servers gone, another takes their place, with another method: connections of both kinds live together."""
-    net = make()
+def test_a_sorry_server(make: Callable[..., Site], family: int, method: str) -> None:
+    """All servers gone, another takes their place as keepalived does it: behind FULLNAT as well, or on the director."""
+    net = make(servers=3)
     net.serve()
-    where = net.balance(family, "-b", locals_=1)
-    net.clients[0].get(net.vip(family), count=2)
+    where = net.balance(family, "-b", locals_=1, servers=[net.server(family, n) for n in range(2)])
+    client = net.clients[0]
+    client.hold(net.vip(family), sport=4000)
     for number in range(2):
         net.director.ipvsadm("-d", "-t", where, "-r", service(net.server(family, number), 80))
     with pytest.raises(Failed, match="ConnectionRefusedError"):
-        net.clients[0].get(net.vip(family))
-    _sorry(net, net.director, where, family)
-    assert _names(net.clients[0].get(net.vip(family), count=2)) == {"director": 2}
-
-
-def _sorry(net: Site, director: Namespace, where: str, family: int) -> None:
-    director.serve(port=80)
-    net.director.ipvsadm("-a", "-t", where, "-r", service("127.0.0.1" if family == 4 else "::1", 80), "-g")
+        client.get(net.vip(family))
+    if method == "-b":
+        sorry, name = net.server(family, 2), "server2"
+    else:
+        net.director.serve()
+        sorry, name = "127.0.0.1" if family == 4 else "::1", "director"
+    net.director.ipvsadm("-a", "-t", where, "-r", service(sorry, 80), method)
+    answers = client.get(net.vip(family), count=2)
+    assert _names(answers) == {name: 2}
+    assert {answer.split()[1] for answer in answers} == {net.local(family) if method == "-b" else net.client(family)}
+    net.director.ipvsadm("-d", "-t", where, "-r", service(sorry, 80))
+    net.director.ipvsadm("-a", "-t", where, "-r", service(net.server(family), 80), "-b")
+    assert _names(client.get(net.vip(family), count=2)) == {"server0": 2}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -228,6 +228,30 @@ def test_upload_over_a_narrow_link_behind_the_servers_router(site: Callable[...,
     assert "mtu 1300" in client.run("ip", "route", "get", net.vip(family)).out
 
 
+@pytest.mark.parametrize("narrow", ["front", "back"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bulk_over_a_narrow_link_of_the_director(site: Callable[..., Site], family: int, narrow: str) -> None:
+    """Real stacks send packets that are to be cut up: one whose pieces are too large is refused, never fragmented."""
+    net = site(servers=1)
+    net.serve(size=BULK)
+    net.balance(family, "-b", locals_=1)
+    client, server = net.clients[0], net.servers[0]
+    net.director.ip(f"link set {narrow} mtu 1400")
+    with net.director.capture(narrow) as seen:  # only this way: the device takes nothing larger from the other side
+        if narrow == "front":
+            assert len(client.get(net.vip(family), "/bulk")[0]) == BULK
+        else:
+            patience = 20.0 * net.lab.guest.scale
+            client.call("servers:http_post", address=net.vip(family), port=80, size=BULK, patience=patience, seconds=25)
+    seen.must_be_sound()
+    sent = [frame for frame in seen.frames if frame.is_ip and frame.kind == packets.OUTGOING]
+    assert not [frame.packet for frame in sent if frame.packet.fragment]
+    head = 20 if family == 4 else 40
+    assert max(f.offload.head + f.offload.size if f.offload.gso else f.packet.length for f in sent) <= 1400 + head
+    told = (client, net.vip(family)) if narrow == "back" else (server, net.local(family))
+    assert "mtu 1400" in told[0].run("ip", "route", "get", told[1]).out
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_datagrams_learn_the_path_mtu(site: Callable[..., Site], family: int) -> None:
     """A datagram that does not fit fails at its sender, which is told why, instead of vanishing."""

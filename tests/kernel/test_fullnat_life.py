@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import struct
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 
 from tests.kernel import packets
-from tests.kernel.lab import Capture
+from tests.kernel.lab import Capture, selftest
 from tests.kernel.machine import Background, Guest, unload
 from tests.kernel.packets import Ends
 from tests.kernel.talk import Bare, Conversation
@@ -122,6 +124,32 @@ def test_the_services_own_timeout(site: Callable[..., Site], family: int) -> Non
     assert 800 < next(c.expires for c in net.director.connections() if c.cport == 4000) <= 900
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_change_of_the_timeout_reaches_live_connections(site: Callable[..., Site], family: int) -> None:
+    """With their next packet, both ways; no other state has it."""
+    net = site(clients=0, servers=0)
+    client, server = Bare(net), Bare(net, back=True)
+    where = net.balance(family, "-b", locals_=1, options=("-V", "50"), servers=[server.address(family)])
+
+    def expires() -> int:
+        (row,) = net.director.connections()
+        return row.expires
+
+    talk = Conversation(client, server, family)
+    talk.to_server("S", seq=1000)
+    assert 50 < expires() <= 60  # SYN_RECV
+    talk = Conversation(client, server, family, cport=talk.outside.sport)
+    talk.open()
+    assert 30 < expires() <= 50
+    net.director.ipvsadm("-E", "-t", where, "-V", "0")
+    assert expires() <= 50
+    talk.to_server("A", seq=talk.here.seq, ack=talk.here.ack)
+    assert 800 < expires() <= 900
+    net.director.ipvsadm("-E", "-t", where, "-V", "70")
+    talk.to_client("A", seq=talk.there.seq, ack=talk.there.ack)
+    assert 50 < expires() <= 70
+
+
 # --- what goes away with live connections
 
 
@@ -230,6 +258,75 @@ def test_flushing_everything_with_live_connections(site: Callable[..., Site], fa
     assert net.clients[0].get(net.vip(family))[0].split()[0] == "server0"
 
 
+def _all_services(net: Site) -> list[str]:
+    """Lines for ipvsadm: TCP and UDP of both families, two local addresses and two real servers each."""
+    lines = []
+    for kind, family in itertools.product(("-t", "-u"), FAMILIES):
+        where = f"{kind} {service(net.vip(family), 80)}"
+        lines += [f"-A {where} -s rr", *(f"-P {where} -z {net.local(family, n)}" for n in range(2))]
+        lines += [f"-a {where} -r {service(address, 80)} -b" for address in net.addresses(family)]
+    return lines
+
+
+def _all_changes(net: Site) -> list[str]:
+    """What can be changed of them."""
+    lines = []
+    for kind, family in itertools.product(("-t", "-u"), FAMILIES):
+        where = f"{kind} {service(net.vip(family), 80)}"
+        one, two = (service(address, 80) for address in net.addresses(family))
+        lines += [
+            f"-P {where} -z {net.local(family, 2)}", f"-Q {where} -z {net.local(family)}",
+            f"-e {where} -r {one} -b -w 0", f"-E {where} -s wrr", f"-d {where} -r {two}",
+            f"-a {where} -r {two} -b -w 3", f"-e {where} -r {one} -m", f"-e {where} -r {one} -b",
+            f"-Q {where} -z {net.local(family, 2)}", f"-P {where} -z {net.local(family)}",
+        ]  # fmt: skip
+    return lines
+
+
+@pytest.mark.parametrize("end", ["unload", "namespace"])
+def test_everything_changes_under_traffic(site: Callable[..., Site], guest: Guest, end: str) -> None:
+    """Connections come and go on two processors while all that they use is changed, and in the end taken away."""
+    net = site(clients=2, servers=2)
+    net.serve()
+    net.echo(port=80)
+    net.director.ipvsadm("--set", "2", "1", "1")
+    restless = [
+        client.start_call("servers:restless", addresses=[net.vip(family) for family in FAMILIES], port=80)
+        for client in net.clients
+    ]
+
+    def batch(lines: list[str]) -> None:
+        net.director.run("ipvsadm", "-R", stdin="".join(f"{line}\n" for line in lines), seconds=20)
+
+    def busy() -> bool:
+        return Counter(c.protocol for c in net.director.connections() if c.local).keys() == {"TCP", "UDP"}
+
+    for first in (5000, 6000, 5010):
+        batch(_all_services(net))
+        net.director.wait_until(busy, "connections")
+        net.director.ip_vs_sysctl("fullnat_lport_max", 65535)
+        net.director.ip_vs_sysctl("fullnat_lport_min", first)
+        net.director.ip_vs_sysctl("fullnat_lport_max", first + 30)
+        batch(_all_changes(net))
+        for words in (("-L", "-c", "-n"), ("-G", "-n"), ("-L", "-n", "--stats")):
+            net.director.ipvsadm(*words)
+        net.director.ext_stats()
+        net.director.ip(f"link set {net.back} down", f"link set {net.back} up")
+        net.restore_addresses()
+        net.director.ipvsadm("-C")
+    if end == "unload":
+        unload(guest)
+        guest.run("modprobe", "ip_vs")
+        assert net.director.connections() == []
+    else:
+        batch(_all_services(net))
+        net.director.wait_until(busy, "connections")
+        net.lab.remove(net.director)
+        net.lab.wait_for_empty_ipvs()
+    for job in restless:
+        assert job.poll() is None, "a client ended: there was no traffic"
+
+
 # --- the sync daemons
 
 
@@ -320,3 +417,10 @@ def test_hundreds_of_local_addresses(site: Callable[..., Site]) -> None:
     assert sorted(told["locals"]) == sorted(wanted)
     net.director.run("ipvsadm", "-R", stdin="".join(f"-Q -t {where} -z {a}\n" for a in wanted), seconds=20)
     assert net.director.call("genl:listed", of={"address": net.vip(4), "port": 80})["locals"] == {}
+
+
+# --- the kernel's own test
+
+
+def test_the_kernels_own_selftest(guest: Guest) -> None:
+    selftest(guest, "ipvs_fullnat.sh")

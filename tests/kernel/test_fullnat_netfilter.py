@@ -12,47 +12,54 @@ from tests.kernel.topology import FAMILIES, Site
 
 pytestmark = [pytest.mark.build, pytest.mark.guest]
 BULK = 200_000  # bytes
+# No rule has a set: lockdep reports how nf_tables of this release looks one up, under a mutex that it does not know of
+# (mended upstream), and a test fails on every report.
+ICMP = "meta l4proto icmp accept; meta l4proto ipv6-icmp accept"
 # With connection tracking: what is new must be for a service, the rest must belong to something, and what the
 # tracker takes for nonsense is dropped, at each hook.
-TRACKED = """
-table inet filter {
-  counter invalid {}
-  counter refused {}
-  chain input {
+TRACKED = f"""
+table inet filter {{
+  counter invalid {{}}
+  counter refused {{}}
+  chain input {{
     type filter hook input priority filter; policy drop;
     ct state invalid counter name invalid drop
     ct state established,related accept
-    meta l4proto { icmp, ipv6-icmp } accept
-    ct state new meta l4proto { tcp, udp } th dport { 53, 80 } accept
+    {ICMP}
+    ct state new tcp dport 80 accept
+    ct state new udp dport 53 accept
     counter name refused
-  }
-  chain forward { type filter hook forward priority filter; policy drop; }
-  chain output {
+  }}
+  chain forward {{ type filter hook forward priority filter; policy drop; }}
+  chain output {{
     type filter hook output priority filter; policy drop;
     ct state invalid counter name invalid drop
     ct state established,related accept
-    meta l4proto { icmp, ipv6-icmp } accept
-    ct state new meta l4proto { tcp, udp } th dport { 53, 80 } accept
+    {ICMP}
+    ct state new tcp dport 80 accept
+    ct state new udp dport 53 accept
     counter name refused
-  }
-}
+  }}
+}}
 """
 # Without: by addresses and ports alone.
-UNTRACKED = """
-table inet filter {
-  counter refused {}
-  chain raw { type filter hook prerouting priority raw; meta l4proto { tcp, udp } notrack; }
-  chain input {
+UNTRACKED = f"""
+table inet filter {{
+  counter refused {{}}
+  chain raw {{ type filter hook prerouting priority raw; meta l4proto tcp notrack; meta l4proto udp notrack; }}
+  chain input {{
     type filter hook input priority filter; policy drop;
-    meta l4proto { icmp, ipv6-icmp } accept
-    ip daddr 192.0.2.1 meta l4proto { tcp, udp } th dport { 53, 80 } accept
-    ip6 daddr 2001:db8:8::1 meta l4proto { tcp, udp } th dport { 53, 80 } accept
-    ip saddr 10.0.2.0/24 ip daddr 10.0.2.200/30 meta l4proto { tcp, udp } th dport 5000-65535 accept
-    ip6 saddr fd00:2::/64 ip6 daddr fd00:2::200 meta l4proto { tcp, udp } th dport 5000-65535 accept
+    {ICMP}
+    ip daddr 192.0.2.1 tcp dport 80 accept
+    ip daddr 192.0.2.1 udp dport 53 accept
+    ip6 daddr 2001:db8:8::1 tcp dport 80 accept
+    ip6 daddr 2001:db8:8::1 udp dport 53 accept
+    ip saddr 10.0.2.0/24 ip daddr 10.0.2.200/30 th dport 5000-65535 accept
+    ip6 saddr fd00:2::/64 ip6 daddr fd00:2::200 th dport 5000-65535 accept
     counter name refused
-  }
-  chain forward { type filter hook forward priority filter; policy drop; }
-}
+  }}
+  chain forward {{ type filter hook forward priority filter; policy drop; }}
+}}
 """
 
 
@@ -130,7 +137,7 @@ def test_errors_with_connection_tracking(site: Callable[..., Site], family: int)
     net.serve(size=BULK)
     net.balance(family, "-b", locals_=1)
     net.balance(family, "-b", port=53, protocol="udp", locals_=1)
-    strict = TRACKED.replace("meta l4proto { icmp, ipv6-icmp } accept", _neighbours(family))
+    strict = TRACKED.replace(ICMP, _neighbours(family))
     net.director.nft(strict)
     net.director.ip_vs_sysctl("conntrack", 1)
     far = net.routed_client(1300)
@@ -142,7 +149,8 @@ def test_errors_with_connection_tracking(site: Callable[..., Site], family: int)
 
 
 def _neighbours(family: int) -> str:
-    return "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept" if family == 6 else "meta mark 99 accept"
+    kinds = ("nd-neighbor-solicit", "nd-neighbor-advert") if family == 6 else ()
+    return "; ".join(f"icmpv6 type {kind} accept" for kind in kinds)
 
 
 @pytest.mark.parametrize("tracking", [0, 1])

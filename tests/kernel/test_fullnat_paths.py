@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.kernel import packets
+from tests.kernel.machine import Failed
 from tests.kernel.packets import NEEDS_CSUM, NOPS, Frame, Offload, Packet, options, sack, timestamp
 from tests.kernel.talk import Bare, Conversation
 from tests.kernel.topology import FAMILIES, KINDS, Site
@@ -133,6 +134,186 @@ def test_segments_that_are_one_packet(site: Callable[..., Site], family: int) ->
     assert frame.packet.ack == talk.here.seq % M
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_segments_that_the_director_cuts(site: Callable[..., Site], family: int) -> None:
+    """Its devices do nothing themselves, so each piece is on the wire as it will be: numbers, options, checksums.
+
+    Options at every alignment, in both directions. A partial sum becomes a whole one here, which hides nothing.
+    """
+    net = site(clients=0, servers=0)
+    client, server = Bare(net), Bare(net, back=True)
+    net.balance(family, "-b", to=8080, locals_=1, servers=[server.address(family)])
+    for device in ("front", "back"):
+        net.director.offload(device, tx=False)
+    start = 20 if family == 4 else 40
+    kind = packets.GSO_TCPV4 if family == 4 else packets.GSO_TCPV6
+    data = (bytes(range(256)) * 14)[:3333]  # four pieces, the last one odd
+
+    def pieces(bare: Bare, ends: packets.Ends) -> list[Packet]:
+        seen: list[Packet] = []
+        while sum(len(p.payload) for p in seen) < len(data):
+            seen.append(bare.wire.expect(lambda p: p.protocol == packets.TCP and p.ends == ends, f"piece {len(seen)}"))
+        assert b"".join(p.payload for p in seen) == data
+        assert [len(p.payload) for p in seen] == [1000, 1000, 1000, 333]
+        assert [p.flags for p in seen] == ["A", "A", "A", "PA"]
+        return seen
+
+    for before in range(4):
+        talk = Conversation(client, server, family, dport=8080)
+        stamps = options(packets.mss(1460), timestamp(100, 0))
+        syn, _ = talk.open(isn=0xFFFFFFF0, option=stamps, server_option=options(packets.mss(1460), timestamp(7, 100)))
+        assert syn.timestamps
+        ours, theirs = (100 + 50, 7), ((syn.timestamps[0] + 50) % M, 7)
+        blocks = [(talk.there.ack + 5, talk.there.ack + 9), (talk.there.ack + 50, talk.there.ack + 90)]
+        for inward in (True, False):
+            if inward:
+                option = options(NOPS * before, timestamp(*ours))
+                ends, numbers = talk.outside, talk.here
+            else:
+                option = options(NOPS * before, timestamp(9, theirs[0]), sack(*blocks))
+                ends, numbers = talk.inside.back, talk.there
+            offload = Offload(NEEDS_CSUM, kind, head=start + 20 + len(option), size=1000, start=start, offset=16)
+            packet = packets.tcp(
+                ends, "PA", seq=numbers.seq, ack=numbers.ack, option=option, data=data, partial=True
+            )  # fmt: skip
+            (client if inward else server).send(packet, offload=offload)
+            seen = pieces(server, talk.inside) if inward else pieces(client, talk.outside.back)
+            first = talk.there.ack if inward else talk.here.ack
+            assert [p.seq for p in seen] == [(first + n) % M for n in (0, 1000, 2000, 3000)], f"after {before} NOPs"
+            assert {p.ack for p in seen} == {(talk.there.seq if inward else talk.here.seq) % M}
+            assert {p.timestamps for p in seen} == {theirs if inward else (9, ours[0])}, f"after {before} NOPs"
+            if not inward:
+                delta = talk.here.seq - talk.there.ack
+                wanted = [((a + delta) % M, (b + delta) % M) for a, b in blocks]
+                assert all(p.sacks == wanted for p in seen), f"after {before} NOPs"
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_datagrams_that_are_one_packet(site: Callable[..., Site], family: int, cut: bool) -> None:
+    """As a program with UDP_SEGMENT sends them: they arrive as one packet, or as its pieces if the director cuts it."""
+    net = site(clients=0, servers=0)
+    client, server = Bare(net), Bare(net, back=True)
+    net.balance(family, "-b", port=53, to=5353, protocol="udp", locals_=1, servers=[server.address(family)])
+    for device in ("front", "back") if cut else ():
+        net.director.offload(device, tx=False)
+    start = 20 if family == 4 else 40
+    offload = Offload(NEEDS_CSUM, packets.GSO_UDP_L4, head=start + 8, size=400, start=start, offset=6)
+    data = bytes(range(256)) * 5
+    outside = packets.Ends(client.address(family), 4000, net.vip(family), 53)
+    client.send(packets.udp(outside, b"first"))
+    inside = server.wire.expect(_is_udp, "a datagram").ends
+    for sender, receiver, ends, seen_as in (
+        (client, server, outside, inside),
+        (server, client, inside.back, outside.back),
+    ):
+        sender.send(packets.udp(ends, data, partial=True), offload=offload)
+        seen: list[Packet] = []
+        while sum(len(p.payload) for p in seen) < len(data):
+            seen.append(receiver.wire.expect(lambda p, e=seen_as: _is_udp(p) and p.ends == e, f"piece {len(seen)}"))  # type: ignore[misc]
+        assert b"".join(p.payload for p in seen) == data
+        assert [len(p.payload) for p in seen] == ([400, 400, 400, 80] if cut else [1280])
+
+
+# How a director's device joins what arrives, and whether one sees that the packet is a list.
+JOINED = {
+    "tcp-list": ({"rx_gro_list": True}, True),
+    "udp-list": ({"rx_gro_list": True}, True),
+    "udp": ({"rx_udp_gro_forwarding": True}, False),
+}
+
+
+@pytest.mark.parametrize("how", JOINED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packets_that_are_joined_on_their_way(site: Callable[..., Site], family: int, how: str) -> None:
+    """A list of packets, each with its own header, of which only the first is translated: what leaves must be whole.
+
+    The director's devices cut and sum up nothing, so all that is done is done by its stack and seen on the wire.
+    """
+    net = site(clients=0, servers=0)
+    client, server = Bare(net), Bare(net, back=True)
+    tcp = how.startswith("tcp")
+    net.balance(family, "-b", port=7, to=77, protocol="tcp" if tcp else "udp", locals_=1,
+                servers=[server.address(family)])  # fmt: skip
+    switches, is_list = JOINED[how]
+    for device in ("front", "back"):
+        net.director.offload(device, gro=True, tx=False, **switches)
+        net.switch.offload(f"d-{device}-a", tso=False)  # veth(4) joins only where its peer cuts
+        net.director.write_sysfs(f"class/net/{device}/gro_flush_timeout", "20000000")
+    payloads = [bytes([n]) * 500 for n in range(6)]
+    stamps = options(NOPS, timestamp(150, 7), NOPS)
+    talk = Conversation(client, server, family, vport=7, dport=77)
+    if tcp:
+        syn, _ = talk.open(
+            isn=0xFFFFFFF0,
+            option=options(packets.mss(1460), timestamp(100, 0)),
+            server_option=options(packets.mss(1460), timestamp(7, 100)),
+        )
+        assert syn.timestamps
+        translated = (syn.timestamps[0] + 50) % M
+        back_stamps = options(NOPS, timestamp(9, translated), NOPS)
+    else:
+        client.send(packets.udp(talk.outside, b"first"))
+        inside = server.wire.expect(_is_udp, "a datagram").ends
+
+    def sent(inward: bool) -> list[bytes]:
+        if not tcp:
+            return [packets.udp(talk.outside if inward else inside.back, payload) for payload in payloads]
+        numbers, ends = (talk.here, talk.outside) if inward else (talk.there, talk.inside.back)
+        return [
+            packets.tcp(ends, "A", seq=numbers.seq + 500 * n, ack=numbers.ack, data=payload,
+                        option=stamps if inward else back_stamps)
+            for n, payload in enumerate(payloads)
+        ]  # fmt: skip
+
+    for inward in (True, False):
+        device, sender, receiver = ("front", client, server) if inward else ("back", server, client)
+        lists: list[Frame] = []
+        for _ in range(5):  # whether two of them meet is a matter of time
+            with net.director.capture(device) as came:
+                sender.send(*sent(inward))
+                seen = [
+                    receiver.wire.expect(lambda p: p.protocol in (packets.TCP, packets.UDP), f"packet {n}")
+                    for n in range(len(payloads))
+                ]
+            assert [p.payload for p in seen] == payloads
+            if tcp:
+                start = talk.there.ack if inward else talk.here.ack
+                assert [p.seq for p in seen] == [(start + 500 * n) % M for n in range(6)]
+                assert {p.ack for p in seen} == {(talk.there.seq if inward else talk.here.seq) % M}
+                assert {p.timestamps for p in seen} == {(translated, 7) if inward else (9, 150)}
+                assert {p.ends for p in seen} == {talk.inside if inward else talk.outside.back}
+            else:
+                assert {p.ends for p in seen} == {inside if inward else talk.outside.back}
+            lists = [f for f in came.frames if f.offload.gso and bool(f.offload.flags & NEEDS_CSUM) != is_list]
+            if lists:
+                break
+        assert lists, "nothing was joined: the packets were not what this test is about"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_more_headers_before_the_segment(site: Callable[..., Site], family: int) -> None:
+    """IPv4 options and IPv6 extension headers stay, and what follows them is found."""
+    net = site(clients=0, servers=0)
+    client, server = Bare(net), Bare(net, back=True)
+    net.balance(family, "-b", to=8080, locals_=1, servers=[server.address(family)])
+    net.balance(family, "-b", port=53, protocol="udp", locals_=1, servers=[server.address(family)])
+    extra = {4: b"\1\1\1\0", 6: b"\1\4\0\0\0\0"}[family]
+    talk = Conversation(client, server, family, dport=8080)
+    talk.open()
+    seen = talk.to_server("PA", seq=talk.here.seq, ack=talk.here.ack, data=b"there", extra=extra)
+    assert (seen.extra, seen.payload, seen.seq) == (extra, b"there", talk.there.ack % M)
+    back = talk.to_client("PA", seq=talk.there.seq, ack=talk.there.ack, data=b"back", extra=extra)
+    assert (back.extra, back.payload, back.ack) == (extra, b"back", talk.here.seq % M)
+    ends = packets.Ends(client.address(family), 4000, net.vip(family), 53)
+    client.send(packets.udp(ends, b"there", extra=extra))
+    asked = server.wire.expect(_is_udp, "a datagram")
+    assert (asked.extra, asked.payload) == (extra, b"there")
+    server.send(packets.udp(asked.ends.back, b"back", extra=extra))
+    answered = client.wire.expect(_is_udp, "the answer")
+    assert (answered.ends, answered.extra, answered.payload) == (ends.back, extra, b"back")
+
+
 def _incoming(frame: Frame) -> bool:
     return frame.is_ip and frame.kind != packets.OUTGOING
 
@@ -200,8 +381,6 @@ def test_a_datagram_whose_checksum_becomes_zero(site: Callable[..., Site], famil
 @pytest.mark.parametrize("arms", [1, 2], ids=["one-arm", "two-arms"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_devices(site: Callable[..., Site], kind: str, arms: int) -> None:
-    if kind == "vrf" and arms == 1:
-        pytest.skip("the real servers' side is no member of the VRF here, so it takes a second link")
     net = site(servers=1, kind=kind, arms=arms)
     net.serve(size=BULK)
     net.echo()
@@ -213,6 +392,26 @@ def test_devices(site: Callable[..., Site], kind: str, arms: int) -> None:
             _transfers(net, family)
     front.must_be_sound()
     back.must_be_sound()
+
+
+@pytest.mark.parametrize("arms", [1, 2], ids=["one-arm", "two-arms"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_errors_and_resets_in_a_vrf(site: Callable[..., Site], family: int, arms: int) -> None:
+    """What the director says on its own finds the clients in their VRF, too; no other table knows them."""
+    net = site(servers=1, kind="vrf", arms=arms)
+    net.balance(family, "-b", port=53, protocol="udp", locals_=1)
+    net.balance(family, "-b", locals_=1, options=("-V", "2"))
+    net.balance(family, "-b", port=81)
+    with pytest.raises(Failed, match="ConnectionRefusedError"):  # by the real server, in an ICMP error
+        net.clients[0].ask(net.vip(family))
+    with pytest.raises(Failed, match="ConnectionRefusedError"):  # by the director
+        net.clients[0].get(net.vip(family), port=81)
+    patience = 30.0 * net.lab.guest.scale
+    server = net.servers[0].start_call("servers:accept_idle", address=net.server(family), port=80, patience=patience)
+    net.servers[0].wait_for_port(80)
+    client = net.clients[0].start_call("servers:idle", address=net.vip(family), port=80, patience=patience)
+    assert client.wait(20).result == "reset"
+    assert server.wait(20).result == "reset"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -46,10 +46,15 @@ def test_all_local_addresses_are_tried_before_a_refusal(site: Callable[..., Site
     assert {error.icmp for error in errors} == {(3, 3) if family == 4 else (1, 4)}
     counters = net.director.ext_stats()
     assert counters["conn_sched_unreach"] == counters["fullnat_no_lport"] >= 1
+    told = net.director.call("genl:listed", of={"address": net.vip(family), "port": 80})["locals"]
+    assert {address: connections for address, (_, connections) in told.items()} == {
+        net.local(family, n): 2 for n in range(3)
+    }
+    assert all(conflicts >= 1 for conflicts, _ in told.values()), "each was asked for a port in vain"
     assert counters["fullnat_no_laddr"] == 0
     net.lab.guest.new_messages()
-    told = [line for line in net.lab.guest.log if "IPVS" in line and "port" in line]
-    assert 1 <= len(told) <= 10, "the log says nothing, or too much"
+    logged = [line for line in net.lab.guest.log if "IPVS" in line and "port" in line]
+    assert 1 <= len(logged) <= 10, "the log says nothing, or too much"
     net.director.ipvsadm("-P", "-t", where, "-z", net.local(family, 3))
     assert net.clients[0].get(net.vip(family))[0].split()[1] == net.local(family, 3)
 

@@ -1,4 +1,4 @@
-"""FULLNAT inside TCP's header: numbers, timestamps, SACK, MSS, and the reuse of a tuple. Both ends are made by hand."""
+"""FULLNAT inside TCP's header: numbers, timestamps, SACK, MSS, and the reuse of a tuple. Most ends are made by hand."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.kernel import packets
+from tests.kernel.lab import Namespace
 from tests.kernel.machine import Failed
 from tests.kernel.packets import NOPS, SACK_PERMITTED, mss, options, sack, timestamp
 from tests.kernel.talk import USUAL, Bare, Conversation
@@ -15,6 +16,7 @@ from tests.kernel.topology import FAMILIES, Site
 
 pytestmark = [pytest.mark.build, pytest.mark.guest]
 M = 1 << 32
+BULK = 300_000  # bytes
 ROOM = {4: 8, 6: 20}  # what the option with the client's address takes
 FLOOR = 88  # below it the MSS is not lowered (ipvs-sysctl.rst)
 
@@ -292,6 +294,43 @@ def test_the_same_client_port_again(wired: Wired) -> None:
     assert again.client_hears("SA").ack == 8
 
 
+# How a conversation gets into each state in which another SYN may find its entry, and whether that is its end. LAST_ACK
+# is for directors that see one direction only; here a FIN of each side is TIME_WAIT, in either order.
+STATES = (
+    ("estab", (), False),
+    ("finwait", ("server FA",), False),
+    ("closewait", ("client FA",), False),
+    ("timewait", ("client FA", "server FA"), True),
+    ("timewait", ("server FA", "client FA"), True),
+    ("close", ("client R",), True),
+)
+
+
+@pytest.mark.parametrize("renew", [1, 0], ids=["new-numbers", "old-numbers"])
+def test_a_syn_in_every_state(wired: Wired, renew: int) -> None:
+    """New numbers only where both ends have closed, and only if so told; each is counted under its state."""
+    director = wired.net.director
+    director.ip_vs_sysctl("conn_reuse_mode", 0)  # else such an entry is dropped and its client scheduled anew
+    director.ip_vs_sysctl("fullnat_conn_reused_entry", renew)
+    for state, steps, ended in STATES:
+        talk = wired.talk()
+        talk.open(isn=3_000_000_000)
+        for step in steps:
+            side, flags = step.split()
+            if side == "client":
+                talk.to_server(flags, seq=talk.here.seq, ack=talk.here.ack)
+            else:
+                talk.to_client(flags, seq=talk.there.seq, ack=talk.there.ack)
+        before = director.ext_stats()
+        again = talk.to_server("S", seq=9, option=USUAL)
+        new = (again.seq - 9) % M != talk.delta
+        assert new == (ended and bool(renew)), state
+        if new:
+            assert 0 < (again.seq - talk.there.ack) % M < 1 << 31, "the server would take it for an old segment"
+        grown = {name for name, count in director.ext_stats().items() if count > before[name]}
+        assert grown == {f"fullnat_conn_reused_{state}", *(["fullnat_conn_reused"] if ended else [])}
+
+
 def test_a_repeated_syn_keeps_its_numbers(wired: Wired) -> None:
     """A lost SYN-ACK must not make two connections of one."""
     talk = wired.talk()
@@ -323,3 +362,44 @@ def test_what_has_no_connection_is_not_translated(wired: Wired) -> None:
     wired.client.wire.silence(
         lambda p: p.protocol == packets.TCP and "R" not in p.flags, "a stray segment at the client", 0.1
     )
+
+
+# --- real stacks
+
+
+@pytest.mark.parametrize("up", [True, False], ids=["up", "down"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_repaired_by_sack(site: Callable[..., Site], family: int, up: bool) -> None:
+    """A sender believes only blocks of what it sent: the loss is repaired by them, and none is thrown away."""
+    net = site(servers=1)
+    net.serve(size=BULK)
+    net.balance(family, "-b", locals_=1)
+    client, server = net.clients[0], net.servers[0]
+    sender, receiver = (client, server) if up else (server, client)
+    sender.offload("eth0", tso=False, gso=False)  # a loss is one of segments
+    port = "dport 80" if up else "sport 80"
+    receiver.nft(f"""
+        table inet lossy {{
+        chain input {{
+        type filter hook input priority filter;
+        tcp {port} meta length > 1000 numgen inc mod 40 == 20 drop;
+        }}
+        }}""")
+    if up:
+        client.call(
+            "servers:http_post", address=net.vip(family), port=80, size=BULK, patience=20 * net.lab.guest.scale,
+            seconds=25,
+        )  # fmt: skip
+    else:
+        assert len(client.get(net.vip(family), "/bulk")[0]) == BULK
+    seen = _counters(sender)
+    wrong = {name: seen[name] for name in ("TCPSACKDiscard", "TCPSackFailures", "PAWSEstab") if seen[name]}
+    assert not wrong
+    assert seen["TCPSackRecovery"] >= 2, "no loss was repaired by SACK"
+    assert _counters(receiver)["PAWSEstab"] == 0
+
+
+def _counters(host: Namespace) -> dict[str, int]:
+    """What a host's TCP has counted."""
+    names, values = [line.split()[1:] for line in host.read("/proc/net/netstat").splitlines()[:2]]
+    return dict(zip(names, map(int, values), strict=True))

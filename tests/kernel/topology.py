@@ -149,9 +149,7 @@ class Site:
         self.links = ("front", "back")[:arms]
         self.front, self.back = "front", self.links[-1]
         self._wire_up(kind)
-        self._address()
-        for server in self.servers if gateway else ():
-            server.ip(*(f"route add default via {BACK[f]}{DIRECTOR}" for f in FAMILIES))
+        self._address(kind, gateway=gateway)
 
     # -- addresses
 
@@ -182,7 +180,7 @@ class Site:
     # -- building
 
     def _wire_up(self, kind: str) -> None:
-        switch, director = ["link set lo up"], self._director_links(kind)
+        switch = []
         for link in self.links:
             switch.append(f"link add br-{link} type bridge forward_delay 0 mcast_snooping 0")
             switch.append(f"link set br-{link} mtu {self.mtu} up")
@@ -198,7 +196,6 @@ class Site:
                     switch.append(f"link add link {name} name {name}.7 type vlan id 7")
                     switch.append(f"link set {name}.7 mtu {self.mtu} master br-{link} up")
         self.switch.ip(*switch)
-        self.director.ip(*director)
 
     def cable(self, member: Namespace, device: str, link: str, port: str) -> list[str]:
         """Lines for the switch: a cable between a new port of it, on a link, and a new device of a namespace."""
@@ -224,25 +221,24 @@ class Site:
             lines += ["link add vrf0 type vrf table 10", "link set vrf0 up", "link set front master vrf0"]
         return lines
 
-    def _address(self) -> None:
+    def _address(self, kind: str, *, gateway: bool) -> None:
         lines = []
-        vrf = "vrf0" in self.director.run("ip", "-br", "link").out
         for f in FAMILIES:
             lines.append(f"addr add {FRONT[f]}{DIRECTOR}/{PREFIX[f]} dev {self.front}")
             lines.append(f"addr add {BACK[f]}{DIRECTOR}/{PREFIX[f]} dev {self.back}")
-            lines += [f"addr add {self.vip(f, n)}/{HOST[f]} dev {'vrf0' if vrf else 'lo'}" for n in range(2)]
+            lines += [f"addr add {self.vip(f, n)}/{HOST[f]} dev {'vrf0' if kind == 'vrf' else 'lo'}" for n in range(2)]
             lines += [f"addr add {self.local(f, n)}/{HOST[f]} dev {self.back}" for n in range(4)]
-            if vrf:  # IPVS looks for its ways in the main table
-                lines.append(f"route add {FRONT[f]}{'0' if f == 4 else ''}/{PREFIX[f]} dev {self.front}")
-        self.director.ip(*lines)
         self._director_lines = lines
-        for key in ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"):
-            self.director.sysctl(key, 1)
-        for number, client in enumerate(self.clients):
-            self.join_front(client, number)
+        jobs = [self.director.start_ip(*self._director_links(kind), *lines)]
+        jobs += [client.start_ip(*self._front_lines(number)) for number, client in enumerate(self.clients)]
         for number, server in enumerate(self.servers):
             ours = [f"addr add {self.server(f, number)}/{PREFIX[f]} dev eth0" for f in FAMILIES]
-            server.ip(*ours, "link set eth0 up")
+            ours += ["link set eth0 up", *(f"route add default via {BACK[f]}{DIRECTOR}" for f in FAMILIES if gateway)]
+            jobs.append(server.start_ip(*ours))
+        for key in ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"):
+            self.director.sysctl(key, 1)
+        for job in jobs:
+            job.wait()
 
     def restore_addresses(self) -> None:
         """Give the director its IPv6 addresses again, which a device loses when it goes down."""
@@ -250,11 +246,14 @@ class Site:
 
     def join_front(self, client: Namespace, number: int) -> None:
         """Addresses of a client, and its way to the virtual addresses."""
+        client.ip(*self._front_lines(number))
+
+    def _front_lines(self, number: int) -> list[str]:
         lines = ["link set eth0 up"]
         for f in FAMILIES:
             lines.append(f"addr add {self.client(f, number)}/{PREFIX[f]} dev eth0")
             lines.append(f"route add {network(VIP[f])} via {FRONT[f]}{DIRECTOR}")
-        client.ip(*lines)
+        return lines
 
     def bare(self, name: str, *, back: bool = False) -> Namespace:
         """A host whose device eth0 has no address: its packets are made by the test, with `Namespace.wire`."""

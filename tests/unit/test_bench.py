@@ -52,6 +52,10 @@ FIGURES: dict[tuple[str, str], list[float]] = {
     ("connrate-ports", "empty"): [2634.9, 2631.0, 2627.9],
     ("connrate-ports", "scattered"): [2649.0, 2649.4, 2648.7],
     ("connrate-ports", "block"): [2646.9, 2649.6, 2645.3],
+    ("toa-v4", "on"): [2684.0, 2681.5, 2688.2],
+    ("toa-v4", "off"): [2702.3, 2699.8, 2704.1],
+    ("toa-v6", "on"): [2450.9, 2449.0, 2452.7],
+    ("toa-v6", "off"): [2466.0, 2468.3, 2463.9],
     ("memory", "fullnat"): [451.54, 451.51, 451.54],
     ("memory", "stock"): [341.31, 341.36, 341.44],
 }
@@ -106,6 +110,7 @@ def test_the_rows_of_a_run() -> None:
         "stock-nat-unchanged",
         "connrate-90pct-ports",
         "memory-per-connection",
+        "toa-insert",
     ]
     assert rows["bulk-v4"] == {"name": "bulk-v4", "ratio": 0.9254, "low": 0.9250, "high": 0.9328, "rounds": 3}
     assert rows["connrate-v6"]["ratio"] == 0.9683
@@ -124,6 +129,7 @@ def test_the_limits_are_those_that_were_agreed() -> None:
         "stock-nat-unchanged": (0.99, False),
         "connrate-90pct-ports": (0.80, False),
         "memory-per-connection": (1.35, True),
+        "toa-insert": (0.98, False),
     }
 
 

@@ -130,6 +130,20 @@ def test_first_everything_then_as_little_as_possible(room: _Room, tree: Callable
     assert room.configured == 1
 
 
+def test_flavours_do_not_share_a_folder(room: _Room, tree: Callable[..., develop._Changes]) -> None:
+    _build(room, tree(core="mine\n"))
+    other = develop.Workshop(cast(build.Kernels, room), debug=False, flavour="rs")
+    assert other.folder != _workshop(room).folder
+    assert other.build(tree(core="mine\n")).flavour == "rs"
+
+
+def test_a_flavour_that_nobody_knows(room: _Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "kernels", lambda _store: room)
+    with pytest.raises(BuildError) as caught:
+        develop.chosen(debug=False, flavour="sr", store=room.store)
+    assert "lvs|rs" in caught.value.hint
+
+
 def test_the_result_can_be_booted(room: _Room, tree: Callable[..., develop._Changes]) -> None:
     built = _workshop(room).build(tree(core="mine\n"))
     assert built.image.read_text() == "image"

@@ -36,6 +36,7 @@ MS_BIND, MS_REC, MS_SHARED, MNT_DETACH = 0x1000, 0x4000, 0x100000, 2
 # linux/if_packet.h
 SOL_PACKET, PACKET_STATISTICS, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 263, 6, 15, 23
 SO_RCVBUFFORCE = 33
+SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # linux/sockios.h, linux/if.h
 ETH_P_ALL = 3
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -134,14 +135,18 @@ class Agent:
             # What follows the first line says for which device the message was.
             lines.append(f"{int(head.split(',')[2]) / 1e6:.6f} {text.partition(chr(10))[0]}")
 
-    def namespace_add(self, name: str) -> None:
-        """Make a network namespace that ip-netns(8) knows too."""
+    def namespace_add(self, name: str, settings: dict[str, str]) -> None:
+        """Make a network namespace that ip-netns(8) knows too; its loopback device is up, /proc/sys as told."""
         path = f"{NAMESPACES}/{name}"
         os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o444))
         try:
             _checked(LIBC.unshare(CLONE_NEWNET), "unshare")
             try:
                 _checked(LIBC.mount(b"/proc/self/ns/net", path.encode(), b"none", MS_BIND, None), f"mount {path}")
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+                    fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
+                for file, text in settings.items():
+                    self.write(f"/proc/sys/{file}", text)
             finally:
                 enter("")
         except OSError:

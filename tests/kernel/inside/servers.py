@@ -220,3 +220,34 @@ def accept_idle(address: str, port: int, patience: float) -> str:
             return "reset"
         except TimeoutError:
             return "silence"
+
+
+def restless(addresses: list[str], port: int) -> None:
+    """Open connections and send datagrams from ever new ports, for ever, whatever becomes of them."""
+    _files(1000)
+    links: list[socket.socket] = []
+    while True:
+        for address in addresses:
+            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                link = socket.socket(_family(address), kind)
+                link.setblocking(False)
+                links.append(link)
+                try:
+                    link.connect_ex((address, port))
+                    if kind == socket.SOCK_DGRAM:
+                        link.send(b"x" * 100)
+                except OSError:
+                    continue
+        for link in links[-12:]:
+            try:
+                if link.type == socket.SOCK_STREAM:
+                    link.send(b"GET / HTTP/1.0\r\n\r\n")
+            except OSError:
+                continue
+        for link in select.select(links[-12:], [], [], 0.02)[0]:
+            try:
+                link.recv(4096)
+            except OSError:
+                continue
+        while len(links) > 100:
+            links.pop(0).close()
