@@ -56,7 +56,7 @@ def test(_c: Any, k: str = "", fast: bool = False) -> None:
     help={
         "k": "only tests whose name matches this pytest expression",
         "debug": "on a build with KASAN, lockdep, kmemleak and other checks, compiled once for that",
-        "flavour": "whose kernel: lvs (director), rs (real server)",
+        "flavour": "whose kernel: lvs (director), rs (real server), debian (as Debian ships it)",
     },
 )
 def test_kernel(_c: Any, k: str = "", debug: bool = False, flavour: str = develop.TESTED) -> None:
@@ -132,7 +132,7 @@ def sources_update(_c: Any, name: str = "") -> None:
 @command(name="refresh-roots")
 def refresh_roots(_c: Any) -> None:
     """Take the archive's newest packages into the build roots and the images' base."""
-    for root in [*bake.roots(), develop.guest_root()]:
+    for root in [*bake.roots(), develop.guest_root(), develop.debian_root()]:
         root.refresh()
 
 

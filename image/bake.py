@@ -89,7 +89,7 @@ def chosen(role: str) -> list[str]:
 def roots() -> list[Root]:
     """Every root that mmdebstrap makes."""
     line = Line()
-    return [kernels.kernels(line.store).root, tools.room(line.store).root, line.toolbox, line.tree]
+    return [kernels.kernels(line.store).root, *tools.room(line.store).roots(), line.toolbox, line.tree]
 
 
 def final_stages() -> list[Stage]:

@@ -21,10 +21,11 @@ from kernel import build, config
 from pipeline import progress, rpm, series, settings, testing, worktree
 from pipeline.debroot import Root
 from pipeline.errors import BuildError
-from pipeline.sandbox import Overlay
+from pipeline.sandbox import Overlay, Sandbox
 from pipeline.store import Stage, Store, digest, remove_tree
 
 TESTED = "lvs"  # the flavour that is meant when none is named
+DEBIAN = "debian"  # is no flavour of ours, but one to test
 TESTS = settings.TOP / "tests" / "kernel"
 # Changes below them alter no object of the kernel.
 _INERT = ("Documentation/", "tools/", "LICENSES/", "MAINTAINERS", "CREDITS", ".gitignore", ".mailmap")
@@ -60,6 +61,12 @@ class Built:
         """What QEMU loads."""
         return self.folder / "boot" / f"vmlinuz-{self.uname}"
 
+    @property
+    def initrd(self) -> Path | None:
+        """What it loads beside that, if the kernel needs it to mount its root file system."""
+        path = self.folder / "boot" / f"initrd-{self.uname}"
+        return path if path.exists() else None
+
     def save(self, path: Path) -> Path:
         """Write it down for another process; returns `path`."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,8 +98,10 @@ def guest_root(store: Store | None = None) -> Root:
 
 
 def packaged(name: str, store: Store | None = None) -> Built:
-    """A flavour's kernel as its package holds it, built if need be."""
+    """A flavour's kernel as its package holds it, built if need be; or Debian's."""
     store = store or Store()
+    if name == DEBIAN:
+        return debian(store)
     room = build.kernels(store)
     folder = store.ensure(_unpacked_stage(room, name))
     title = f"kernel-{name} {room.tarball.version}-{room.release(name)}"
@@ -132,6 +141,73 @@ def _selftests(base: Path, changes: _Changes, out: Path) -> None:
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
+
+
+# --- what a distribution ships
+
+
+def debian_root(store: Store | None = None) -> Root:
+    """The Debian root that holds Debian's own kernel."""
+    return Root(
+        "root-debian-kernel", TESTS / "debian" / "root.yaml", store or Store(), offline=settings.current.offline
+    )
+
+
+def debian(store: Store | None = None) -> Built:
+    """Debian's own kernel, with an initial file system that mounts what our kernels can mount by themselves."""
+    store = store or Store()
+    root = debian_root(store)
+    folder = store.ensure(_debian_stage(store, root))
+    (image,) = (folder / "boot").glob("vmlinuz-*")
+    uname = image.name.removeprefix("vmlinuz-")
+    return Built(f"Debian's kernel {uname}", uname, folder, flavour=DEBIAN)
+
+
+def _debian_stage(store: Store, root: Root) -> Stage:
+    def make(out: Path) -> None:
+        tree = store.path(root.stage()) / "root"
+        (image,) = (tree / "boot").glob("vmlinuz-*")
+        uname = image.name.removeprefix("vmlinuz-")
+        (out / "boot").mkdir()
+        (out / "selftests").mkdir()
+        shutil.copy(image, out / "boot" / image.name)
+        shutil.copytree(tree / "usr/lib/modules" / uname, out / "lib/modules" / uname, symlinks=True)
+        sandbox = Sandbox(tree)
+        sandbox.run(["depmod", "-b", "/build/out", uname], binds={out: "/build/out"}, what="depmod")
+        (out / "init").write_text(_INIT, encoding="utf-8")
+        (out / "init").chmod(0o755)
+        sandbox.run(["sh", "-ec", _INITRD, "-", uname], binds={out: "/build/out"}, what="making its initrd")
+        (out / "init").unlink()
+
+    return Stage("debian-kernel", {"init": _INIT, "initrd": _INITRD, "rev": _REVISION}, make, [root.stage()])
+
+
+# The rest of the command line, which the kernel gives to it, is what our kernels start in the root file system.
+_INIT = """#!/bin/busybox sh
+set -e
+mkdir -p /proc /root
+mount -t proc proc /proc
+for module in $(cat /modules); do insmod "/lib/$module"; done
+options=$(sed -n 's/.*rootflags=\\([^ ]*\\).*/\\1/p' /proc/cmdline)
+mount -t 9p -o "ro,$options" /dev/root /root
+umount /proc
+exec switch_root /root /bin/sh "$@"
+"""
+_INITRD = """
+mkdir -p /tmp/initrd/bin /tmp/initrd/lib
+cp /bin/busybox /tmp/initrd/bin/
+for name in sh mkdir mount umount cat sed insmod switch_root; do ln -s busybox "/tmp/initrd/bin/$name"; done
+cp /build/out/init /tmp/initrd/init
+for name in virtio_pci 9pnet_virtio 9p overlay virtio_console; do
+    modprobe -d /build/out -S "$1" --show-depends "$name"
+done | sed -n 's/^insmod //p' | awk '!seen[$1]++ {print $1}' >/tmp/paths
+for path in $(cat /tmp/paths); do
+    cp "$path" /tmp/initrd/lib/
+    basename "$path"
+done >/tmp/initrd/modules
+cd /tmp/initrd
+find . | cpio -o -H newc --quiet | gzip -1n >"/build/out/boot/initrd-$1"
+"""
 
 
 # --- what a developer is working on
@@ -373,9 +449,11 @@ def chosen(*, debug: bool, flavour: str = TESTED, store: Store | None = None) ->
         BuildError: there is no such flavour, or it does not compile.
     """
     store = store or Store()
+    if flavour == DEBIAN and not debug:
+        return debian(store)
     room = build.kernels(store)
     if flavour not in _MODULES:
-        known = "|".join(_MODULES)
+        known = "|".join([*_MODULES, DEBIAN])
         raise BuildError(f"there is no flavour {flavour!r} to test", f"invoke test-kernel --flavour {known}")
     tree = series.workplace(build.ROOM / flavour)
     if tree.exists():

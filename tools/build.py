@@ -2,6 +2,9 @@
 
 A folder holds the recipe (data), `NAME.spec.j2`, a patch series, and the files that the recipe lists. The stage's key
 hashes all of them, with the source, the build root and rpm's macros; its first eight digits end the release number.
+
+A tool of our own has no `source` in its recipe but a `version`: its files are all there is. One that needs more than
+the other tools has a `root.yaml` of its own.
 """
 
 from __future__ import annotations
@@ -24,16 +27,19 @@ from pipeline.store import Stage, Store, digest
 
 ROOM = Path(__file__).resolve().parent
 COMMON = "spec-common.j2"  # what the specs of all tools share
+OWN_ROOT = "root.yaml"
 _REVISION = 1  # raised when this file builds other bytes from the same inputs
 _SPACE = 1.5  # GB; measured 2026-11: FRR's tree with debug information is 0.8 GB
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
-    "required": ["name", "source", "release", "summary", "files"],
+    "required": ["name", "release", "summary", "files"],
+    "oneOf": [{"required": ["source"]}, {"required": ["version"]}],
     "properties": {
         "name": {"type": "string", "pattern": "^[a-z][a-z0-9-]*$"},
         "source": {"type": "string", "pattern": "^[a-z][a-z0-9-]*$"},
+        "version": {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)*$"},
         "release": {"type": "integer", "minimum": 1},
         # rpmlint's rules for a summary: one line, no full stop, at most 79 characters
         "summary": {"type": "string", "minLength": 1, "maxLength": 79, "pattern": "^[A-Z][^\n]*[^.\n]$"},
@@ -58,7 +64,8 @@ class Tool:
     Attributes:
         folder: where it is.
         name: of the package.
-        source: its entry in `sources.yaml`.
+        source: its entry in `sources.yaml`; empty for a tool of our own.
+        version: of a tool of our own, else empty.
         release: the part of the RPM release that a person raises.
         summary: one line.
         files: packaged beside the source, in the order of Source1, Source2, …
@@ -69,6 +76,7 @@ class Tool:
     folder: Path
     name: str
     source: str
+    version: str
     release: int
     summary: str
     files: tuple[str, ...]
@@ -79,6 +87,12 @@ class Tool:
     def template(self) -> Path:
         """The spec file's template."""
         return self.folder / f"{self.name}.spec.j2"
+
+    @property
+    def root(self) -> Path | None:
+        """The recipe of its own build root, if it has one."""
+        path = self.folder / OWN_ROOT
+        return path if path.exists() else None
 
 
 def names(room: Path = ROOM) -> list[str]:
@@ -103,7 +117,8 @@ def read(name: str, room: Path = ROOM) -> Tool:
     tool = Tool(
         folder,
         data["name"],
-        data["source"],
+        data.get("source", ""),
+        data.get("version", ""),
         data["release"],
         data["summary"],
         tuple(data["files"]),
@@ -111,7 +126,7 @@ def read(name: str, room: Path = ROOM) -> Tool:
         patches.read(folder).paths,
     )
     problems = Problems()
-    own = {"recipe.yaml", "series", tool.template.name}
+    own = {"recipe.yaml", "series", OWN_ROOT, tool.template.name}
     present = {p.name for p in folder.iterdir() if p.is_file()}
     if tool.template.name not in present:
         problems.add("name", f"tools/{name}/{tool.template.name} does not exist")
@@ -132,8 +147,8 @@ def spec(tool: Tool, version: str, archive: str, release: str) -> str:
 
     Args:
         tool: its folder, read.
-        version: of upstream.
-        archive: the source's file name.
+        version: of upstream, or the tool's own.
+        archive: the source's file name; empty for a tool of our own.
         release: `NUMBER.KEY8`.
 
     Raises:
@@ -184,6 +199,17 @@ class Tools:
         self.root = root
         self.room = room
 
+    @functools.cache  # noqa: B019
+    def root_of(self, name: str) -> Root:
+        """The build root of a tool."""
+        own = read(name, self.room).root
+        return Root(f"root-{name}", own, self.store, offline=current.offline) if own else self.root
+
+    def roots(self) -> list[Root]:
+        """Every build root of the room."""
+        others = [self.root_of(name) for name in names(self.room)]
+        return [self.root, *(root for root in others if root is not self.root)]
+
     @functools.cache  # noqa: B019  one object a run; it holds one stage a tool
     def stage(self, name: str) -> Stage:
         """A tool's packages: `*.x86_64.rpm` and `*.src.rpm`.
@@ -192,13 +218,14 @@ class Tools:
             BuildError: see `read`; or the source is not in `sources.yaml`.
         """
         tool = read(name, self.room)
-        pin = self.pins.pin(tool.source)
+        pin = self.pins.pin(tool.source) if tool.source else None
+        version = pin.version if pin else tool.version
         return Stage(
             f"tool-{name}",
             self._inputs(tool, pin),
-            lambda out: self._build(tool, pin, self.release(name), out),
-            [self.root.stage()],
-            title=f"building {tool.name} {pin.version}",
+            lambda out: self._build(tool, version, self.release(name), out),
+            [self.root_of(name).stage()],
+            title=f"building {tool.name} {version}",
         )
 
     def all_stages(self) -> list[Stage]:
@@ -209,9 +236,10 @@ class Tools:
         """`NUMBER.KEY8` of a tool's packages."""
         return f"{read(name, self.room).release}.{self.stage(name).key[:8]}"
 
-    def _inputs(self, tool: Tool, pin: Pin) -> Mapping[str, Any]:
+    def _inputs(self, tool: Tool, pin: Pin | None) -> Mapping[str, Any]:
+        source = {"version": pin.version, "file": pin.file, "sha256": pin.sha256} if pin else {"version": tool.version}
         return {
-            "source": {"version": pin.version, "file": pin.file, "sha256": pin.sha256},
+            "source": source,
             "recipe": {
                 "name": tool.name,
                 "release": tool.release,
@@ -231,17 +259,17 @@ class Tools:
         """The build root, built if need be: compilers, rpm, and the libraries that the tools link against."""
         return Sandbox(self.store.ensure(self.root.stage()) / "root")
 
-    def _build(self, tool: Tool, pin: Pin, release: str, out: Path) -> None:
+    def _build(self, tool: Tool, version: str, release: str, out: Path) -> None:
         self.store.require_space(_SPACE, f"building {tool.name}")
-        archive = self.pins.resolve(tool.source).path
+        archives = [self.pins.resolve(tool.source).path] if tool.source else []
         cache = self.store.root / "ccache"
         cache.mkdir(parents=True, exist_ok=True)
-        progress.note(f"{tool.name} {pin.version}-{release}, {len(tool.patches)} patches")
+        progress.note(f"{tool.name} {version}-{release}, {len(tool.patches)} patches")
         rpm.build(
-            Sandbox(self.store.path(self.root.stage()) / "root"),
-            spec(tool, pin.version, archive.name, release),
+            Sandbox(self.store.path(self.root_of(tool.folder.name).stage()) / "root"),
+            spec(tool, version, archives[0].name if archives else "", release),
             tool.name,
-            [archive, *(tool.folder / file for file in tool.files), *tool.patches],
+            [*archives, *(tool.folder / file for file in tool.files), *tool.patches],
             out,
             what=f"building {tool.name}",
             # The root is read-only: rpm's scripts cannot be in its default, /var/tmp.

@@ -29,7 +29,7 @@ from tools import build as tools
 HERE = Path(__file__).resolve().parent
 _9P = "trans=virtio,version=9p2000.L,msize=512000,cache=loose"
 _PORT = "lvsforge.agent"  # as in inside/agent.py
-_PROGRAMS = ("ipvsadm", "quagga")  # folders of tools/
+_PROGRAMS = ("ipvsadm", "quagga", "toa-bpf")  # folders of tools/
 # Slower than a plain kernel on the same machine, measured with the tests of stock NAT.
 _DEBUG_SCALE = 3.0
 _MEMORY = {False: 1024, True: 3072}  # MiB; KASAN's shadow and quarantine, kmemleak's and lockdep's tables
@@ -390,6 +390,7 @@ def booted(kernel: develop.Built, work: Path, store: Store, *, may_keep: bool = 
             work,
             Accelerator.probe(store.root),
             kernel=kernel.image,
+            initrd=kernel.initrd,
             append=" ".join(filter(None, words)),
             shares=[
                 Share(tree, "/dev/root"),

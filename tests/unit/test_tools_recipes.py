@@ -29,7 +29,7 @@ DEBIAN_ONLY = re.compile(
 
 def rendered(name: str) -> str:
     tool = build.read(name)
-    return build.spec(tool, "9.8.7", f"{tool.source}_9.8.7.tar.gz", RELEASE)
+    return build.spec(tool, tool.version or "9.8.7", f"{tool.source}_9.8.7.tar.gz" if tool.source else "", RELEASE)
 
 
 def section(text: str, name: str) -> str:
@@ -67,14 +67,15 @@ def edit(path: Path, old: str, new: str) -> None:
 # --- what is in the repository
 
 
-def test_the_room_has_the_three_tools_of_the_manual() -> None:
-    assert TOOLS == ["ipvsadm", "keepalived", "quagga"]
+def test_the_room_has_the_three_tools_of_the_manual_and_ours() -> None:
+    assert TOOLS == ["ipvsadm", "keepalived", "quagga", "toa-bpf"]
+    assert [name for name in TOOLS if not build.read(name).source] == ["toa-bpf"]
 
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_a_tool_is_sound(name: str) -> None:
     tool = build.read(name)
-    assert tool.source in Sources().pins
+    assert bool(tool.version) != (tool.source in Sources().pins)
     series = patches.read(tool.folder)
     found = patches.lint(series)
     assert not found, found.lines
@@ -89,7 +90,7 @@ def test_a_spec_renders_and_has_every_file_as_a_source(name: str) -> None:
     assert re.search(rf"^Name: +{tool.name}$", text, re.M)
     assert re.search(rf"^Release: +{re.escape(RELEASE)}$", text, re.M)
     sources = dict(re.findall(r"^Source(\d+): +(\S+)$", text, re.M))
-    assert sources.pop("0") == f"{tool.source}_9.8.7.tar.gz"
+    assert sources.pop("0", "") == (f"{tool.source}_9.8.7.tar.gz" if tool.source else "")
     assert tuple(sources[str(number)] for number in range(1, len(sources) + 1)) == tool.files
     used = set(re.findall(r"%\{SOURCE(\d+)\}", text))
     assert used == set(sources), "each file is installed, and nothing else"
@@ -175,6 +176,13 @@ def test_the_build_root_is_a_valid_recipe() -> None:
     assert {"gcc", "rpm", "ccache", "libyang2-dev"} <= set(root["packages"])
 
 
+def test_a_tool_with_a_root_of_its_own_is_built_in_that(store: Store) -> None:
+    room = build.Tools(store, Sources(store), cast(Root, FakeRoot()))
+    assert [root.name for root in room.roots()[1:]] == ["root-toa-bpf"]
+    assert {"gcc", "rpm", "ccache", "clang"} <= set(room.root_of("toa-bpf").recipe["packages"])
+    assert room.root_of("ipvsadm") is room.root
+
+
 # --- bad input
 
 
@@ -185,7 +193,8 @@ def test_the_build_root_is_a_valid_recipe() -> None:
         ("release: 1", "release: one", "release: 'one' is not of type 'integer'"),
         ("release: 1", "release: 0", "release: 0 is less than the minimum"),
         ("name: ipvsadm", "name: IPVSadm", "name: 'IPVSadm' does not match"),
-        ("source: ipvsadm", "", "missing key source"),
+        ("source: ipvsadm", "", "is not valid under any of the given schemas"),
+        ("source: ipvsadm", 'source: ipvsadm\nversion: "1.0"', "is valid under each of"),
         ("Linux Virtual Server", "Linux Virtual Server.", "summary:"),
         ("- ipvsadm.preset", "- ../ipvsadm.preset", "files[2]:"),
         ("- ipvsadm.preset", "- ipvsadm.presett", "files[2]: tools/ipvsadm/ipvsadm.presett does not exist"),
@@ -212,7 +221,7 @@ def test_all_that_is_wrong_is_said_at_once(room: Path) -> None:
 def test_an_unknown_tool_names_those_that_exist() -> None:
     with pytest.raises(BuildError) as caught:
         build.read("haproxy")
-    assert "ipvsadm|keepalived|quagga" in caught.value.hint
+    assert "ipvsadm|keepalived|quagga|toa-bpf" in caught.value.hint
 
 
 def test_a_template_with_an_unknown_name_is_refused_with_its_place(room: Path) -> None:

@@ -1,0 +1,216 @@
+"""What an application sees of its peers, and many clients that have no stack: for the tests of TOA's receivers."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import time
+from typing import Any
+
+CARRIER = 254  # TCP_TOA_CARRIER, linux/tcp.h
+MPTCP = 262  # IPPROTO_MPTCP
+SO_PROTOCOL = 38
+FASTOPEN, DEFER_ACCEPT = 23, 9
+SYN, RST, PSH, ACK = 2, 4, 8, 16
+
+
+def _named(address: tuple[Any, ...]) -> str:
+    return f"{address[0]} {address[1]}"
+
+
+def carrier(link: socket.socket) -> str:
+    """What TCP_TOA_CARRIER says, or the name of its error."""
+    try:
+        raw = link.getsockopt(socket.IPPROTO_TCP, CARRIER, 28)
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    family, port = struct.unpack_from("=H", raw)[0], struct.unpack_from("!H", raw, 2)[0]
+    at = raw[4:8] if family == socket.AF_INET else raw[8:24]
+    return f"{socket.inet_ntop(family, at)} {port}"
+
+
+def _listener(
+    address: str, port: int, *, only_six: bool = False, mptcp: bool = False, fastopen: bool = False, defer: bool = False
+) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    link = socket.socket(family, socket.SOCK_STREAM, MPTCP if mptcp else 0)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if family == socket.AF_INET6:
+        link.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only_six)
+    link.bind((address, port))
+    if fastopen:
+        link.setsockopt(socket.IPPROTO_TCP, FASTOPEN, 16)
+    if defer:
+        link.setsockopt(socket.IPPROTO_TCP, DEFER_ACCEPT, 30)
+    link.listen(4096)
+    return link
+
+
+def serve(address: str, port: int, listeners: int = 1, **kind: bool) -> None:
+    """Accept for ever; of each connection a line for what accept() said, and one for each message that it sends.
+
+    A message is one byte, which is asked about and sent back: `n` for getpeername() and the carrier, `m` whether it is
+    MPTCP, `d` to disconnect the socket and ask, `l` to let it listen, connect to it, and say what that child shows.
+    """
+    links = [_listener(address, port, **kind) for _ in range(listeners)]
+    for link in links[1:]:
+        if os.fork() == 0:
+            links = [link]
+            break
+    while True:
+        link, peer = links[0].accept()
+        print(f"accept {_named(peer)}", flush=True)
+        if os.fork() == 0:
+            _answer(link)
+
+
+def _answer(link: socket.socket) -> None:
+    try:
+        while word := link.recv(1):
+            print(_answers[word](link), flush=True)
+            if word in b"dl":
+                break
+            link.send(word)
+    except (OSError, KeyError) as error:
+        print(f"error {error}", flush=True)
+    os._exit(0)
+
+
+def _ask_mptcp(link: socket.socket) -> str:
+    return f"mptcp {int(link.getsockopt(socket.SOL_SOCKET, SO_PROTOCOL) == MPTCP)}"
+
+
+def _disconnect(link: socket.socket) -> None:
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
+    _connect(link, struct.pack("=H14x", 0))  # AF_UNSPEC, which Python's connect() cannot say
+
+
+def _connect(link: socket.socket, address: bytes) -> None:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.connect(link.fileno(), address, len(address)) != 0:
+        raise OSError(ctypes.get_errno(), "connect")
+
+
+def _ask_disconnected(link: socket.socket) -> str:
+    """The socket connects to another one of this host: who is its peer now?"""
+    host = link.getsockname()[0]
+    with socket.create_server((host, 0), family=link.family, dualstack_ipv6=link.family == socket.AF_INET6) as other:
+        _disconnect(link)
+        try:
+            name = _named(link.getpeername())
+        except OSError as error:
+            name = errno.errorcode[error.errno or 0]
+        link.connect(other.getsockname())
+        same = link.getpeername()[1] == other.getsockname()[1]
+        return f"disconnected {name}, then {'the other' if same else _named(link.getpeername())}"
+
+
+def _ask_listening(link: socket.socket) -> str:
+    """The socket listens: who is the peer of its child?"""
+    host = link.getsockname()[0]
+    _disconnect(link)
+    link.bind((host, 0))
+    link.listen(1)
+    with socket.create_connection(link.getsockname()[:2]) as other:
+        child, peer = link.accept()
+        right = peer[:2] == child.getpeername()[:2] == other.getsockname()[:2]
+        child.close()
+        return f"listening {'the other' if right else _named(peer)}"
+
+
+_answers = {
+    b"n": lambda link: f"name {_named(link.getpeername())} carrier {carrier(link)}",
+    b"m": _ask_mptcp,
+    b"d": _ask_disconnected,
+    b"l": _ask_listening,
+}
+
+
+def connect(address: str, port: int, count: int, patience: float) -> list[str]:
+    """Real connections, one after the other, each asking for its name; their own addresses."""
+    mine = []
+    for _ in range(count):
+        with socket.create_connection((address, port), patience) as link:
+            link.sendall(b"n")
+            link.recv(1)
+            mine.append(_named(link.getsockname()))
+    return mine
+
+
+# --- many clients without a stack
+
+
+def _total(data: bytes) -> int:
+    value: int = sum(struct.unpack(f"!{len(data) // 2}H", data)) if len(data) % 2 == 0 else _total(data + b"\0")
+    while value >> 16:
+        value = (value & 0xFFFF) + (value >> 16)
+    return value
+
+
+class _Raw:
+    """A device's end of TCP, below the stack."""
+
+    def __init__(self, device: str, mac: str, source: str, target: str, port: int) -> None:
+        self.six = ":" in source
+        family = socket.AF_INET6 if self.six else socket.AF_INET
+        self.ends = socket.inet_pton(family, source) + socket.inet_pton(family, target)
+        kind = 0x86DD if self.six else 0x0800
+        self.to = (device, kind, 0, 0, bytes.fromhex(mac.replace(":", "")))
+        self.port = port
+        self.link = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(kind))
+        self.link.setsockopt(socket.SOL_SOCKET, 33, 16 << 20)  # SO_RCVBUFFORCE
+        self.link.bind((device, kind))
+        self.link.settimeout(0.5)
+
+    def send(self, sport: int, flags: int, seq: int, ack: int = 0, option: bytes = b"", data: bytes = b"") -> None:
+        head = struct.pack("!HHIIBBHHH", sport, self.port, seq, ack, (5 + len(option) // 4) << 4, flags, 65535, 0, 0)
+        segment = head + option + data
+        check = ~_total(self.ends + struct.pack("!II", len(segment), 6) + segment) & 0xFFFF
+        segment = segment[:16] + struct.pack("!H", check) + segment[18:]
+        if self.six:
+            head = struct.pack("!IHBB", 6 << 28, len(segment), 6, 64) + self.ends
+        else:
+            head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(segment), 0, 0x4000, 64, 6, 0) + self.ends
+            head = head[:10] + struct.pack("!H", ~_total(head) & 0xFFFF) + head[12:]
+        self.link.sendto(head + segment, self.to)
+
+    def receive(self) -> tuple[int, int, int, int, bytes] | None:
+        """Our port, flags, sequence number, acknowledgement and data of the next segment; None after a while."""
+        try:
+            packet = self.link.recv(4096)
+        except TimeoutError:
+            return None
+        size = 40 if self.six else (packet[0] & 15) * 4
+        if packet[6 if self.six else 9] != 6:
+            return 0, 0, 0, 0, b""
+        _, dport, seq, ack, off, flags = struct.unpack_from("!HHIIBB", packet, size)
+        return dport, flags, seq, ack, packet[size + (off >> 4) * 4 :]
+
+
+def storm(device: str, mac: str, source: str, target: str, port: int, option: str, seconds: float) -> int:
+    """Open, ask for the name and reset, again and again from other ports; how many connections were answered."""
+    raw, sport, count, toa = _Raw(device, mac, source, target, port), 1024, 0, bytes.fromhex(option)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        batch = range(sport, sport + 50)
+        for each in batch:
+            raw.send(each, SYN, 1000, option=bytes.fromhex("020405b4"))
+        left = set(batch)
+        while left and (answer := raw.receive()):
+            mine, flags, seq, ack, data = answer
+            if mine not in left:
+                continue
+            if flags & SYN:
+                raw.send(mine, ACK, 1001, seq + 1, toa)
+                raw.send(mine, ACK | PSH, 1001, seq + 1, toa, b"n")
+            elif data or flags & RST:
+                count += bool(data)
+                raw.send(mine, RST, 1002, ack)
+                left.discard(mine)
+        sport = sport + 50 if sport < 60000 else 1024
+    return count

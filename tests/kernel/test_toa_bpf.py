@@ -1,0 +1,216 @@
+"""`toa-bpf`: what the module does, without it, on a kernel that knows nothing of TOA and on Debian's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.kernel.lab import Lab, Namespace
+from tests.kernel.machine import Done, Guest
+from tests.kernel.naming import CLIENT, CPORT, DEFAULT, FAR, MSS, NEAR, SERVER, Room, named, shows
+from tests.kernel.receivers import Scenarios
+from tests.kernel.topology import FAMILIES
+
+pytestmark = [pytest.mark.build, pytest.mark.guest]
+FLAVOURS = ("rs", "debian")
+CONFIG = "/tmp/toa-bpf.conf"  # noqa: S108  the guest's
+PINS = "/sys/fs/bpf/toa"
+
+
+class BpfRoom(Room):
+    """Served by the programs of BPF."""
+
+    def __init__(self, lab: Lab, guest: Guest) -> None:
+        super().__init__(lab)
+        self.guest = guest
+
+    def toa_bpf(self, *words: str, check: bool = True) -> Done:
+        """Run it."""
+        return self.guest.run("toa-bpf", "-c", CONFIG, *words, seconds=20, check=check)
+
+    def configure(self, **values: str) -> None:
+        """Write the configuration, in which `carrier` is on, and load it."""
+        lines = [f"{key} = {value}\n" for key, value in {"carrier": "yes", **values}.items()]
+        self.guest.write(CONFIG, "".join(lines))
+        self.toa_bpf("load")
+
+    def counters(self) -> str:
+        return self.toa_bpf("stats").out
+
+    def trust(self, prefixes: str) -> None:
+        self.configure(trusted=prefixes)
+
+
+@pytest.fixture
+def machine_with_bpf(guest: Guest) -> Guest:
+    """Without the module, and with the file systems that systemd would have mounted."""
+    if guest.run("test", "-e", "/sys/kernel/btf/vmlinux", check=False).status != 0:
+        pytest.skip(f"{guest.kernel.title} has no /sys/kernel/btf/vmlinux, which programs of BPF are fitted to")
+    if "toa" in guest.modules():
+        guest.run("rmmod", "toa", seconds=20)
+    mounts = guest.read("/proc/mounts")
+    for kind, place in (("cgroup2", "/sys/fs/cgroup"), ("bpf", "/sys/fs/bpf")):
+        if f" {place} " not in mounts:
+            guest.run("mount", "-t", kind, kind, place)
+    return guest
+
+
+@pytest.fixture
+def room(lab: Lab, machine_with_bpf: Guest) -> Iterator[BpfRoom]:
+    found = BpfRoom(lab, machine_with_bpf)
+    found.configure()
+    yield found
+    if found.guest.alive:
+        found.toa_bpf("unload")
+
+
+class TestPrograms(Scenarios):
+    """What the module does as well."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fast_open(room: BpfRoom, family: int) -> None:
+    """The kernel does not show the segment that ends such a handshake; the next one that has the option counts."""
+    room.server.sysctl("net.ipv4.tcp_fastopen", 0x203)
+    app = room.app(family, fastopen=True)
+    call = room.peer.call(family)
+    assert call.knock(MSS, b"n").ack == 1002, "it was no Fast Open"
+    assert app.says(2) == [f"accept {call}", f"name {call} carrier {call}"]
+    call.send("A", option=named(CLIENT[family]))
+    call.say(b"n", named(CLIENT[family]))
+    assert app.says() == [f"name {CLIENT[family]} {CPORT} carrier {call}"]
+
+
+@pytest.mark.parametrize("wrong", ["seq", "old"])
+def test_a_segment_outside_of_the_window_names_nobody(room: BpfRoom, wrong: str) -> None:
+    app = room.app(4)
+    call = room.peer.call(4).open()
+    call.say()
+    app.says(2)
+    call.send("A", option=named(CLIENT[4]), seq=call.seq + 10_000_000 if wrong == "seq" else call.seq - 500)
+    call.say()
+    assert app.says() == [f"name {call} carrier {call}"]
+
+
+# --- the loader
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_restart_loses_nothing(room: BpfRoom, family: int) -> None:
+    """What was named, what waits for a name, what is counted; under traffic, nobody is nameless."""
+    app = room.app(family)
+    call = room.peer.call(family).open(named(CLIENT[family]))
+    shows(app, call, CLIENT[family])
+    waiting = room.peer.call(family).open()
+    storm_app = room.app(family, 90)
+    storm = room.peer.member.start_call(
+        "toa:storm", device="eth0", mac=room.peer.mac, source=NEAR[family], target=SERVER[family], port=90,
+        option=named(CLIENT[family]).hex(), seconds=6 * room.guest.scale,
+    )  # fmt: skip
+    loads = 0
+    while (done := storm.poll()) is None:
+        room.toa_bpf("load")
+        loads += 1
+    assert (done.status, loads >= 3, done.result >= 30) == (0, True, True), str(done)
+    names = {line.split()[1] for line in storm_app.job.so_far().splitlines() if not line.startswith("error")}
+    assert names == {CLIENT[family]}
+    call.say()
+    assert app.says(2)[1] == f"name {CLIENT[family]} {CPORT} carrier {call}"
+    waiting.say(b"n", named(CLIENT[family]))
+    assert app.says() == [f"name {CLIENT[family]} {CPORT} carrier {waiting}"]
+    assert room.stats()["later_segment_toa"] == 1
+
+
+def test_unload_and_load(room: BpfRoom) -> None:
+    app = room.app(4)
+    call = room.peer.call(4).open(named(CLIENT[4]))
+    shows(app, call, CLIENT[4])
+    room.toa_bpf("unload")
+    call.say()
+    name, carrier = app.says()[0].split(" carrier ")
+    assert name == f"name {call}"
+    assert carrier in (str(call), "ENOPROTOOPT")
+    assert room.guest.ask("listing", path="/sys/fs/bpf") == []
+    failed = room.toa_bpf("stats", check=False)
+    assert (failed.status, "toa-bpf load" in failed.err) == (1, True)
+    room.toa_bpf("unload")
+    room.configure()
+    shows(app, room.peer.call(4).open(named(CLIENT[4])), CLIENT[4])
+
+
+def test_another_cgroup(room: BpfRoom) -> None:
+    """Only its programs see clients; moving there and back leaves nothing behind."""
+    app = room.app(4)
+    room.guest.run("mkdir", "-p", "/sys/fs/cgroup/elsewhere")
+    room.configure(cgroup="/sys/fs/cgroup/elsewhere")
+    call = room.peer.call(4).open(named(CLIENT[4]))
+    call.say()
+    assert app.says()[0] == f"accept {call}"
+    app.says()
+    room.configure()
+    room.guest.run("rmdir", "/sys/fs/cgroup/elsewhere")
+    shows(app, room.peer.call(4).open(named(CLIENT[4])), CLIENT[4])
+
+
+def test_trust_and_kinds_are_replaced_as_a_whole(room: BpfRoom) -> None:
+    six = room.app(6)
+    room.configure(trusted=", ".join(f"10.{n}.0.0/16" for n in range(2, 66)), kinds="200")
+    shows(six, room.peer.call(4).open(named(CLIENT[4])), six=True)
+    room.configure(trusted=", ".join(f"10.0.{n}.0/24" for n in range(64)), kinds="200 28")
+    shows(six, room.peer.call(4).open(named(CLIENT[4], kind=28)), CLIENT[4], six=True)
+    shows(six, room.peer.call(4).open(named(CLIENT[4])), six=True)
+    room.configure(trusted=f"{FAR[6]} fd00:2::/64")
+    shows(six, room.peer.call(6).open(named(CLIENT[6])), CLIENT[6])
+    shows(six, room.peer.call(4).open(named(CLIENT[4])), six=True)
+    room.configure(trusted=DEFAULT)
+    shows(six, room.peer.call(4).open(named(CLIENT[4])), CLIENT[4], six=True)
+
+
+def test_a_wrong_configuration_changes_nothing(room: BpfRoom) -> None:
+    room.guest.write(
+        CONFIG,
+        "trusted = 10.0.0.1/8, 10.0.0.0/33 host\nkinds = 254 2 x 256\ncarrier = maybe\n\nthrusted = 10.0.0.0/8\n"
+        "cgroup = here\nwords # a comment\n",
+    )
+    for command in ("check", "load"):
+        done = room.toa_bpf(command, check=False)
+        assert done.status == 1
+        places = re.findall(r"toa-bpf\.conf:(\d+): ", done.err)
+        assert places == ["1"] * 3 + ["2"] * 3 + ["3", "5", "6", "7"], done.err
+    app = room.app(4)
+    shows(app, room.peer.call(4).open(named(CLIENT[4])), CLIENT[4])
+    room.guest.write(CONFIG, "cgroup = /proc\n")
+    done = room.toa_bpf("load", check=False)
+    assert (done.status, "no cgroup of version 2" in done.err) == (1, True)
+
+
+def test_without_the_option_for_the_carrier(room: BpfRoom) -> None:
+    """Then getsockopt() passes through no program; the pinned link of an earlier load goes."""
+    assert "link_toa_getsockopt" in room.guest.ask("listing", path=PINS)
+    room.configure(carrier="no")
+    assert "link_toa_getsockopt" not in room.guest.ask("listing", path=PINS)
+    app = room.app(4)
+    call = room.peer.call(4).open(named(CLIENT[4]))
+    call.say()
+    assert app.says()[0] == f"accept {CLIENT[4]} {CPORT}"
+
+
+def test_beside_the_module(room: BpfRoom, guest: Guest) -> None:
+    """Both know the client, and neither spoils it for the other."""
+    if guest.run("modprobe", "toa", check=False, seconds=20).status != 0:
+        pytest.skip(f"{guest.kernel.title} has no module toa")
+    app = room.app(6)
+    for family in FAMILIES:
+        shows(app, room.peer.call(family).open(named(CLIENT[family])), CLIENT[family], six=True)
+    guest.run("rmmod", "toa")
+
+
+def test_a_namespace_ends_with_named_connections(room: BpfRoom, lab: Lab) -> None:
+    app = room.app(6)
+    for family in FAMILIES:
+        shows(app, room.peer.call(family).open(named(CLIENT[family])), CLIENT[family], six=True)
+    server: Namespace = room.server
+    app.job.stop()
+    lab.remove(server)

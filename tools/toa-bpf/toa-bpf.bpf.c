@@ -1,0 +1,395 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * TOA without a module: shows to programs the client that a load balancer names in a TCP option.
+ *
+ * sockops reads the option where a connection is established, and in later segments while none has come; a socket's
+ * storage keeps it; the hooks for getpeername(), through which accept() passes as well, answer with it. What it means
+ * and how it differs from the module: toa-bpf(8).
+ */
+
+#include <linux/bpf.h>
+#include <linux/in.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#include "toa-bpf.h"
+
+#define AF_INET 2
+#define AF_INET6 10
+#define SOL_TCP 6
+#ifndef IPPROTO_MPTCP
+#define IPPROTO_MPTCP 262
+#endif
+#define TCP_TOA_CARRIER 254
+#define TCP_SYN 0x02
+#define TCP_RST 0x04
+#define HEADER 20	/* of TCP without options */
+#define OPTIONS 40	/* at most */
+
+char LICENSE[] SEC("license") = "GPL";
+
+/* Of the kernel's types only what is read, found by name when the programs are loaded. */
+struct sock {
+	__u8 sk_kern_sock : 1;
+} __attribute__((preserve_access_index));
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct toa_client);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} toa_clients SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, TOA_PREFIXES);
+	__uint(key_size, 8);
+	__uint(value_size, 1);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} toa_trusted4 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, TOA_PREFIXES);
+	__type(key, struct toa_prefix);
+	__uint(value_size, 1);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} toa_trusted6 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct toa_kinds);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} toa_kinds SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, TOA_COUNTERS);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} toa_stats SEC(".maps");
+
+static __always_inline void count(__u32 what)
+{
+	__u64 *value = bpf_map_lookup_elem(&toa_stats, &what);
+
+	if (value)
+		(*value)++;
+}
+
+static __always_inline int is_mapped(const __be32 *addr)
+{
+	return !addr[0] && !addr[1] && addr[2] == bpf_htonl(0xffff);
+}
+
+/* --- segments */
+
+static __always_inline int is_trusted(struct bpf_sock_ops *ctx)
+{
+	struct toa_prefix peer = {};
+
+	if (ctx->family == AF_INET6) {
+		peer.addr[0] = ctx->remote_ip6[0];
+		peer.addr[1] = ctx->remote_ip6[1];
+		peer.addr[2] = ctx->remote_ip6[2];
+		peer.addr[3] = ctx->remote_ip6[3];
+		if (!is_mapped(peer.addr)) {
+			peer.len = 128;
+			return bpf_map_lookup_elem(&toa_trusted6, &peer) != NULL;
+		}
+		peer.addr[0] = peer.addr[3];
+	} else {
+		peer.addr[0] = ctx->remote_ip4;
+	}
+	peer.len = 32;
+	return bpf_map_lookup_elem(&toa_trusted4, &peer) != NULL;
+}
+
+/* Fill in the client; is it an address that a client can have, as the module sees it? */
+static __always_inline int read_client(const __u8 *option, __u32 length, const __u8 *end, struct toa_client *client)
+{
+	__be32 addr[4] = {};
+	__u8 first;
+
+	if (length == 8) {
+		if (option + 8 > end)
+			return 0;
+		__builtin_memcpy(addr, option + 4, 4);
+		first = option[4];
+		if (!addr[0] || (first & 0xf0) == 0xe0 || addr[0] == bpf_htonl(0xffffffff))
+			return 0;
+		client->family = AF_INET;
+	} else {
+		if (option + 20 > end)
+			return 0;
+		__builtin_memcpy(addr, option + 4, 16);
+		first = option[4];
+		if (first == 0xff || !(addr[0] | addr[1] | addr[2] | addr[3]))
+			return 0;
+		client->family = AF_INET6;
+	}
+	__builtin_memcpy(&client->port, option + 2, 2);
+	__builtin_memcpy(client->addr, addr, sizeof(addr));
+	return 1;
+}
+
+/* The first option that names a client. bpf_load_hdr_opt() would insist on a magic number behind kind 253 and 254. */
+static __always_inline int find(struct bpf_sock_ops *ctx, struct toa_client *client)
+{
+	const __u8 *data = ctx->skb_data, *end = ctx->skb_data_end;
+	__u32 zero = 0, at = HEADER;
+	struct toa_kinds *kinds;
+
+	kinds = bpf_map_lookup_elem(&toa_kinds, &zero);
+	if (!kinds)
+		return 0;
+	for (int n = 0; n < OPTIONS; n++) {
+		const __u8 *option;
+		__u32 length;
+
+		/*
+		 * It is no more than that anyway. Said in this way the verifier knows the same of it in every round, where
+		 * it would else follow each way that options can add up.
+		 */
+		asm volatile("%0 &= 63" : "+r"(at));
+		option = data + at;
+		if (option + 1 > end || option[0] == 0)
+			return 0;
+		if (option[0] == 1) {
+			at++;
+			continue;
+		}
+		if (option + 2 > end || option[1] < 2)
+			return 0;
+		length = option[1];
+		if (length == 8 || length == 20) {
+			if (kinds->bits[option[0] / 8] & 1 << option[0] % 8 && read_client(option, length, end, client))
+				return 1;
+		}
+		at += length;
+		if (at > HEADER + OPTIONS)
+			return 0;
+	}
+	return 0;
+}
+
+static __always_inline int keep(void *sk, const struct toa_client *client)
+{
+	struct toa_client *kept = bpf_sk_storage_get(&toa_clients, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (!kept)
+		return 0;
+	*kept = *client;
+	return 1;
+}
+
+/* Keep who the segment names, for the socket and, if it is a subflow of MPTCP, for the one that programs have. */
+static __always_inline int take(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct toa_client client = {};
+
+	if (!sk || !find(ctx, &client))
+		return 0;
+	if (!keep(sk, &client)) {
+		count(TOA_NO_MEMORY);
+		return 0;
+	}
+	/* Kernels before 5.19 do not have it, and call what follows dead code. */
+	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_skc_to_mptcp_sock)) {
+		struct mptcp_sock *msk = bpf_skc_to_mptcp_sock(sk);
+
+		/* A subflow that joins finds a name already. */
+		if (msk && !bpf_sk_storage_get(&toa_clients, msk, NULL, 0))
+			keep(msk, &client);
+	}
+	return 1;
+}
+
+static __always_inline void watch(struct bpf_sock_ops *ctx, int on)
+{
+	__u32 flags = ctx->bpf_sock_ops_cb_flags;
+	__u32 wanted = on ? flags | BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG :
+			    flags & ~BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG;
+
+	if (flags != wanted)
+		bpf_sock_ops_cb_flags_set(ctx, wanted);
+}
+
+static __always_inline void on_established(struct bpf_sock_ops *ctx)
+{
+	struct toa_client forged = {}, nobody = {};
+
+	/*
+	 * On a SYN, which begins a connection with Fast Open, the kinds have another meaning. The kernel does not show
+	 * the segment that ends such a handshake: the next one with an option names the client.
+	 */
+	if (!is_trusted(ctx)) {
+		if (!(ctx->skb_tcp_flags & TCP_SYN) && find(ctx, &forged))
+			count(TOA_UNTRUSTED);
+		count(TOA_CHILD_NONE);
+		return;
+	}
+	if (!(ctx->skb_tcp_flags & TCP_SYN) && take(ctx)) {
+		count(TOA_CHILD);
+		return;
+	}
+	count(TOA_CHILD_NONE);
+	if (ctx->sk && keep(ctx->sk, &nobody))
+		watch(ctx, 1);
+}
+
+static __always_inline void on_segment(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct toa_client *client;
+
+	if (!sk || (ctx->skb_tcp_flags & (TCP_SYN | TCP_RST)))
+		return;
+	/* Other programs may have asked for the segments of any socket; of ours this one must be accepted and nameless. */
+	client = bpf_sk_storage_get(&toa_clients, sk, NULL, 0);
+	if (!client || client->family || !is_trusted(ctx))
+		return;
+	if (take(ctx)) {
+		count(TOA_LATER);
+		watch(ctx, 0);
+	}
+}
+
+SEC("sockops")
+int toa_sockops(struct bpf_sock_ops *ctx)
+{
+	switch (ctx->op) {
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		on_established(ctx);
+		break;
+	case BPF_SOCK_OPS_PARSE_HDR_OPT_CB:
+		on_segment(ctx);
+		break;
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		/* An accepted socket was disconnected and gets another peer. */
+		if (ctx->sk) {
+			bpf_sk_storage_delete(&toa_clients, ctx->sk);
+			watch(ctx, 0);
+		}
+		break;
+	}
+	return 1;
+}
+
+/* --- names */
+
+static __always_inline int is_the_kernels(struct bpf_sock *sk)
+{
+	struct sock *kernel = (void *)bpf_skc_to_tcp_sock(sk);
+
+	return kernel && BPF_CORE_READ_BITFIELD(kernel, sk_kern_sock);
+}
+
+static __always_inline struct toa_client *client_of(struct bpf_sock_addr *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct toa_client *client;
+
+	/* UDP and others pass here, too. */
+	if (!sk || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_MPTCP))
+		return NULL;
+	client = bpf_sk_storage_get(&toa_clients, sk, NULL, 0);
+	if (!client || !client->family) {
+		count(TOA_NAME_EMPTY);
+		return NULL;
+	}
+	if (is_the_kernels(sk)) {
+		count(TOA_NAME_BYPASS);
+		return NULL;
+	}
+	return client;
+}
+
+SEC("cgroup/getpeername4")
+int toa_getpeername4(struct bpf_sock_addr *ctx)
+{
+	struct toa_client *client = client_of(ctx);
+
+	if (!client)
+		return 1;
+	if (client->family != AF_INET) {
+		count(TOA_NAME_MISMATCH);
+		return 1;
+	}
+	ctx->user_ip4 = client->addr[0];
+	ctx->user_port = client->port;
+	count(TOA_NAME_OK);
+	return 1;
+}
+
+SEC("cgroup/getpeername6")
+int toa_getpeername6(struct bpf_sock_addr *ctx)
+{
+	struct toa_client *client = client_of(ctx);
+
+	if (!client)
+		return 1;
+	if (client->family == AF_INET) {
+		ctx->user_ip6[0] = 0;
+		ctx->user_ip6[1] = 0;
+		ctx->user_ip6[2] = bpf_htonl(0xffff);
+		ctx->user_ip6[3] = client->addr[0];
+	} else {
+		ctx->user_ip6[0] = client->addr[0];
+		ctx->user_ip6[1] = client->addr[1];
+		ctx->user_ip6[2] = client->addr[2];
+		ctx->user_ip6[3] = client->addr[3];
+	}
+	ctx->user_port = client->port;
+	count(TOA_NAME_OK);
+	return 1;
+}
+
+/* --- who carries the connection */
+
+SEC("cgroup/getsockopt")
+int toa_getsockopt(struct bpf_sockopt *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	__u32 *addr = ctx->optval;
+	int size;
+
+	if (ctx->level != SOL_TCP || ctx->optname != TCP_TOA_CARRIER || !ctx->retval)
+		goto not_ours;
+	if (!sk || !sk->dst_port)
+		goto not_ours;
+	size = sk->family == AF_INET6 ? 28 : 16;
+	if (ctx->optlen < size || (void *)addr + 28 > ctx->optval_end)
+		goto not_ours;
+	if (sk->family == AF_INET6) {
+		addr[1] = 0;
+		addr[2] = sk->dst_ip6[0];
+		addr[3] = sk->dst_ip6[1];
+		addr[4] = sk->dst_ip6[2];
+		addr[5] = sk->dst_ip6[3];
+		addr[6] = 0;
+	} else {
+		addr[1] = sk->dst_ip4;
+		addr[2] = 0;
+		addr[3] = 0;
+	}
+	*(__u16 *)addr = sk->family;
+	*((__u16 *)addr + 1) = sk->dst_port;
+	ctx->optlen = size;
+	ctx->retval = 0;
+	return 1;
+
+not_ours:
+	/* An answer of more than a page does not fit in here: 0 says that the kernel's own counts. */
+	if (ctx->optlen > 4096)
+		ctx->optlen = 0;
+	return 1;
+}

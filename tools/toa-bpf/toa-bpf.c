@@ -1,0 +1,516 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * toa-bpf: puts the programs of toa-bpf.bpf.c into the kernel, tells them whom to believe, and shows what they count.
+ *
+ * Nothing of it stays running. Maps and links are pinned, so that what was learned of connections outlives every call of
+ * this program; a newer one replaces the programs in their links without a gap.
+ */
+
+#include <arpa/inet.h>
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/magic.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include <bpf/bpf.h>
+#include <bpf/libbpf.h>
+
+#include "toa-bpf.h"
+#include "toa-bpf.skel.h"
+
+#define BPFFS "/sys/fs/bpf"
+#define PINS BPFFS "/toa"
+#define CONFIG "/etc/toa-bpf.conf"
+#define LOCK "/run/toa-bpf.lock"
+
+struct prefix {
+	int family;
+	struct toa_prefix key;
+};
+
+struct config {
+	const char *path;
+	int errors;
+	char cgroup[4096];
+	bool carrier;
+	struct toa_kinds kinds;
+	unsigned int prefixes;
+	struct prefix prefix[TOA_PREFIXES];
+};
+
+static const char *const counters[TOA_COUNTERS] = {
+	[TOA_CHILD] = "syn_recv_sock_toa",
+	[TOA_CHILD_NONE] = "syn_recv_sock_no_toa",
+	[TOA_LATER] = "later_segment_toa",
+	[TOA_UNTRUSTED] = "untrusted_toa",
+	[TOA_NO_MEMORY] = "no_memory_toa",
+	[TOA_NAME_OK] = "getname_toa_ok",
+	[TOA_NAME_MISMATCH] = "getname_toa_mismatch",
+	[TOA_NAME_BYPASS] = "getname_toa_bypass",
+	[TOA_NAME_EMPTY] = "getname_toa_empty",
+};
+
+static bool verbose;
+
+static int say(enum libbpf_print_level level, const char *format, va_list words)
+{
+	if (level == LIBBPF_DEBUG && !verbose)
+		return 0;
+	return vfprintf(stderr, format, words);
+}
+
+__attribute__((format(printf, 1, 2))) static int fail(const char *format, ...)
+{
+	va_list words;
+
+	va_start(words, format);
+	fputs("toa-bpf: ", stderr);
+	vfprintf(stderr, format, words);
+	fputc('\n', stderr);
+	va_end(words);
+	return -1;
+}
+
+/* --- configuration */
+
+__attribute__((format(printf, 3, 4))) static void wrong(struct config *config, int line, const char *format, ...)
+{
+	va_list words;
+
+	va_start(words, format);
+	fprintf(stderr, "toa-bpf: %s:%d: ", config->path, line);
+	vfprintf(stderr, format, words);
+	fputc('\n', stderr);
+	va_end(words);
+	config->errors++;
+}
+
+/* The number that is all of the text, or -1 */
+static int number(const char *text, int most)
+{
+	int value = 0;
+
+	if (!*text)
+		return -1;
+	for (; *text; text++) {
+		if (!isdigit((unsigned char)*text))
+			return -1;
+		value = value * 10 + (*text - '0');
+		if (value > most)
+			return -1;
+	}
+	return value;
+}
+
+static void read_prefix(struct config *config, int line, char *word)
+{
+	struct prefix found = {.family = AF_INET};
+	char *slash = strchr(word, '/');
+	unsigned char *bytes = (unsigned char *)found.key.addr;
+	int most = 32, len;
+
+	if (config->prefixes == TOA_PREFIXES) {
+		wrong(config, line, "more than %d prefixes", TOA_PREFIXES);
+		return;
+	}
+	if (slash)
+		*slash++ = '\0';
+	if (inet_pton(AF_INET, word, bytes) != 1) {
+		if (inet_pton(AF_INET6, word, bytes) != 1) {
+			wrong(config, line, "%s is no address", word);
+			return;
+		}
+		found.family = AF_INET6;
+		most = 128;
+	}
+	len = slash ? number(slash, most) : most;
+	if (len < 0) {
+		wrong(config, line, "%s/%s: the length is a number up to %d", word, slash, most);
+		return;
+	}
+	for (int bit = len; bit < most; bit++) {
+		if (bytes[bit / 8] & (0x80 >> bit % 8)) {
+			wrong(config, line, "%s/%d: bits behind the length are set", word, len);
+			return;
+		}
+	}
+	found.key.len = len;
+	config->prefix[config->prefixes++] = found;
+}
+
+static void read_kind(struct config *config, int line, char *word)
+{
+	/* Those that TCP itself knows */
+	static const int taken[] = {0, 1, 2, 3, 4, 5, 8, 19, 29, 30, 34};
+	int kind = number(word, 255);
+
+	if (kind < 0) {
+		wrong(config, line, "%s is no kind of option (0 to 255)", word);
+		return;
+	}
+	for (unsigned int n = 0; n < sizeof(taken) / sizeof(*taken); n++) {
+		if (kind == taken[n]) {
+			wrong(config, line, "kind %d has another meaning in TCP", kind);
+			return;
+		}
+	}
+	config->kinds.bits[kind / 8] |= 1 << kind % 8;
+}
+
+static void read_words(struct config *config, int line, char *text,
+		       void (*one)(struct config *config, int line, char *word))
+{
+	char *rest = NULL;
+
+	for (char *word = strtok_r(text, ", \t", &rest); word; word = strtok_r(NULL, ", \t", &rest))
+		one(config, line, word);
+}
+
+static void read_line(struct config *config, int line, const char *key, char *value)
+{
+	if (!strcmp(key, "trusted")) {
+		config->prefixes = 0;
+		read_words(config, line, value, read_prefix);
+	} else if (!strcmp(key, "kinds")) {
+		memset(&config->kinds, 0, sizeof(config->kinds));
+		read_words(config, line, value, read_kind);
+	} else if (!strcmp(key, "cgroup")) {
+		if (*value != '/' || strlen(value) >= sizeof(config->cgroup))
+			wrong(config, line, "the path of a cgroup is absolute");
+		else
+			strcpy(config->cgroup, value);
+	} else if (!strcmp(key, "carrier")) {
+		if (strcmp(value, "yes") && strcmp(value, "no"))
+			wrong(config, line, "carrier is yes or no");
+		config->carrier = !strcmp(value, "yes");
+	} else {
+		wrong(config, line, "%s: no such key; there are trusted, kinds, cgroup, carrier", key);
+	}
+}
+
+static char *trimmed(char *text)
+{
+	char *end;
+
+	while (isspace((unsigned char)*text))
+		text++;
+	end = text + strlen(text);
+	while (end > text && isspace((unsigned char)end[-1]))
+		end--;
+	*end = '\0';
+	return text;
+}
+
+/* All of the file, with every error in it; what it does not say is as in the module. */
+static int read_config(struct config *config)
+{
+	char trusted[] = "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7", kinds[] = "253 254";
+	char *text = NULL;
+	size_t room = 0;
+	FILE *file;
+
+	strcpy(config->cgroup, "/sys/fs/cgroup");
+	read_words(config, 0, trusted, read_prefix);
+	read_words(config, 0, kinds, read_kind);
+
+	file = fopen(config->path, "re");
+	if (!file)
+		return fail("%s: %s", config->path, strerror(errno));
+	for (int line = 1; getline(&text, &room, file) >= 0; line++) {
+		char *key, *value, *hash = strchr(text, '#');
+
+		if (hash)
+			*hash = '\0';
+		key = trimmed(text);
+		if (!*key)
+			continue;
+		value = strchr(key, '=');
+		if (!value) {
+			wrong(config, line, "a line is KEY = VALUE");
+			continue;
+		}
+		*value++ = '\0';
+		read_line(config, line, trimmed(key), trimmed(value));
+	}
+	free(text);
+	fclose(file);
+	return config->errors ? -1 : 0;
+}
+
+/* --- maps */
+
+static bool wanted(const struct config *config, int family, const struct toa_prefix *key)
+{
+	size_t size = family == AF_INET ? 8 : sizeof(*key);
+
+	for (unsigned int n = 0; n < config->prefixes; n++)
+		if (config->prefix[n].family == family && !memcmp(&config->prefix[n].key, key, size))
+			return true;
+	return false;
+}
+
+/* Prefixes that are no longer trusted go before others come: there is room, and never more trust than in either list. */
+static int set_trusted(const struct config *config, int map, int family)
+{
+	struct toa_prefix key = {}, next = {};
+	char one = 1;
+
+	for (bool first = true; !bpf_map_get_next_key(map, first ? NULL : &key, &next);) {
+		if (wanted(config, family, &next)) {
+			key = next;
+			first = false;
+		} else {
+			if (bpf_map_delete_elem(map, &next))
+				return fail("removing a trusted prefix: %s", strerror(errno));
+			memset(&key, 0, sizeof(key));
+			first = true; /* what a deleted key is followed by, is the kernel's guess */
+		}
+	}
+	for (unsigned int n = 0; n < config->prefixes; n++)
+		if (config->prefix[n].family == family &&
+		    bpf_map_update_elem(map, &config->prefix[n].key, &one, BPF_ANY))
+			return fail("adding a trusted prefix: %s", strerror(errno));
+	return 0;
+}
+
+static int set_kinds(const struct config *config, int map)
+{
+	__u32 zero = 0;
+
+	return bpf_map_update_elem(map, &zero, &config->kinds, BPF_ANY) ? fail("setting the kinds: %s", strerror(errno)) : 0;
+}
+
+/* --- links */
+
+static int pin_path(char *path, size_t size, const char *program)
+{
+	return snprintf(path, size, PINS "/link_%s", program) < (int)size ? 0 : -1;
+}
+
+/* Is a pinned link attached to this cgroup? A cgroup's number is that of its directory. */
+static bool is_at(int link, __u64 cgroup)
+{
+	struct bpf_link_info info = {};
+	__u32 size = sizeof(info);
+
+	return !bpf_obj_get_info_by_fd(link, &info, &size) && info.cgroup.cgroup_id == cgroup;
+}
+
+static int attach(struct bpf_program *program, int cgroup, __u64 id)
+{
+	const char *name = bpf_program__name(program);
+	char path[256];
+	struct bpf_link *link;
+	int old, err;
+
+	if (pin_path(path, sizeof(path), name))
+		return -1;
+	old = bpf_obj_get(path);
+	if (old >= 0) {
+		if (is_at(old, id) && !bpf_link_update(old, bpf_program__fd(program), NULL)) {
+			close(old);
+			return 0;
+		}
+		close(old);
+		/* Of another cgroup, or of one that is gone */
+		if (unlink(path))
+			return fail("%s: %s", path, strerror(errno));
+	}
+	link = bpf_program__attach_cgroup(program, cgroup);
+	if (!link)
+		return fail("attaching %s: %s", name, strerror(errno));
+	err = bpf_link__pin(link, path);
+	if (err)
+		fail("pinning %s: %s", path, strerror(-err));
+	else
+		bpf_link__disconnect(link);
+	bpf_link__destroy(link);
+	return err;
+}
+
+static int detach(const char *program)
+{
+	char path[256];
+
+	if (pin_path(path, sizeof(path), program) || (unlink(path) && errno != ENOENT))
+		return fail("%s: %s", path, strerror(errno));
+	return 0;
+}
+
+/* --- commands */
+
+/* Two at once would pin the same names. */
+static int lock(void)
+{
+	int file = open(LOCK, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+
+	if (file < 0 || flock(file, LOCK_EX))
+		return fail("%s: %s", LOCK, strerror(errno));
+	return 0;
+}
+
+static int open_pins(void)
+{
+	struct statfs about;
+
+	if (statfs(BPFFS, &about) || about.f_type != BPF_FS_MAGIC)
+		return fail("no BPF file system is mounted: mount -t bpf bpf " BPFFS);
+	if (mkdir(PINS, 0700) && errno != EEXIST)
+		return fail(PINS ": %s", strerror(errno));
+	return 0;
+}
+
+static int attach_all(struct toa_bpf *programs, const struct config *config)
+{
+	struct statfs about;
+	struct stat directory;
+	int cgroup, err;
+
+	cgroup = open(config->cgroup, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (cgroup < 0 || fstat(cgroup, &directory) || fstatfs(cgroup, &about))
+		return fail("%s: %s", config->cgroup, strerror(errno));
+	if (about.f_type != CGROUP2_SUPER_MAGIC)
+		return fail("%s is no cgroup of version 2: correct cgroup in the configuration", config->cgroup);
+	err = attach(programs->progs.toa_getpeername4, cgroup, directory.st_ino);
+	if (!err)
+		err = attach(programs->progs.toa_getpeername6, cgroup, directory.st_ino);
+	if (!err)
+		err = attach(programs->progs.toa_sockops, cgroup, directory.st_ino);
+	if (!err)
+		err = config->carrier ? attach(programs->progs.toa_getsockopt, cgroup, directory.st_ino) :
+					detach("toa_getsockopt");
+	close(cgroup);
+	return err;
+}
+
+static int load(struct config *config)
+{
+	LIBBPF_OPTS(bpf_object_open_opts, options, .pin_root_path = PINS);
+	struct toa_bpf *programs;
+	int err = -1;
+
+	if (read_config(config) || lock() || open_pins())
+		return -1;
+	programs = toa_bpf__open_opts(&options);
+	if (!programs)
+		return fail("the programs cannot be opened: %s", strerror(errno));
+	if (toa_bpf__load(programs)) {
+		fail("the kernel does not take the programs; toa-bpf -v load shows why");
+		goto out;
+	}
+	/* First whom to believe, then the programs that ask */
+	err = set_trusted(config, bpf_map__fd(programs->maps.toa_trusted4), AF_INET);
+	if (!err)
+		err = set_trusted(config, bpf_map__fd(programs->maps.toa_trusted6), AF_INET6);
+	if (!err)
+		err = set_kinds(config, bpf_map__fd(programs->maps.toa_kinds));
+	if (!err)
+		err = attach_all(programs, config);
+out:
+	toa_bpf__destroy(programs);
+	return err;
+}
+
+static int unload(void)
+{
+	static const char *const pins[] = {
+		"link_toa_sockops", "link_toa_getpeername4", "link_toa_getpeername6", "link_toa_getsockopt",
+		"toa_clients", "toa_trusted4", "toa_trusted6", "toa_kinds", "toa_stats",
+	};
+	char path[256];
+	int err = 0;
+
+	if (lock())
+		return -1;
+	for (unsigned int n = 0; n < sizeof(pins) / sizeof(*pins); n++) {
+		snprintf(path, sizeof(path), PINS "/%s", pins[n]);
+		if (unlink(path) && errno != ENOENT)
+			err = fail("%s: %s", path, strerror(errno));
+	}
+	if (rmdir(PINS) && errno != ENOENT)
+		err = fail(PINS ": %s", strerror(errno));
+	return err;
+}
+
+/* As /proc/net/toa_stats: a line for each counter, a column for each CPU */
+static int stats(void)
+{
+	int cpus = libbpf_num_possible_cpus();
+	int map = bpf_obj_get(PINS "/toa_stats");
+	__u64 *values;
+	int err = 0;
+
+	if (map < 0)
+		return fail("%s", errno == ENOENT ? "not loaded: toa-bpf load" : strerror(errno));
+	values = cpus > 0 ? calloc(cpus, sizeof(*values)) : NULL;
+	if (!values)
+		return fail("how many CPUs there are is not known");
+	printf("%-24s", "");
+	for (int cpu = 0; cpu < cpus; cpu++)
+		printf("       CPU%-3d", cpu);
+	putchar('\n');
+	for (__u32 n = 0; n < TOA_COUNTERS && !err; n++) {
+		if (bpf_map_lookup_elem(map, &n, values)) {
+			err = fail("reading the counters: %s", strerror(errno));
+			break;
+		}
+		printf("%-24s", counters[n]);
+		for (int cpu = 0; cpu < cpus; cpu++)
+			printf(" %12llu", (unsigned long long)values[cpu]);
+		putchar('\n');
+	}
+	free(values);
+	close(map);
+	return err;
+}
+
+static int usage(void)
+{
+	fputs("toa-bpf [-c FILE] [-v] load|check|stats|unload\n"
+	      "  load    put the programs into the kernel, or replace them, with the configuration as it is now\n"
+	      "  check   judge the configuration\n"
+	      "  stats   show the counters\n"
+	      "  unload  take everything out of the kernel\n",
+	      stderr);
+	return 2;
+}
+
+int main(int argc, char **argv)
+{
+	static struct config config = {.path = CONFIG};
+	const char *command;
+	int option, err;
+
+	while ((option = getopt(argc, argv, "c:v")) != -1) {
+		if (option == 'c')
+			config.path = optarg;
+		else if (option == 'v')
+			verbose = true;
+		else
+			return usage();
+	}
+	if (optind != argc - 1)
+		return usage();
+	command = argv[optind];
+	libbpf_set_print(say);
+	if (!strcmp(command, "load"))
+		err = load(&config);
+	else if (!strcmp(command, "check"))
+		err = read_config(&config);
+	else if (!strcmp(command, "stats"))
+		err = stats();
+	else if (!strcmp(command, "unload"))
+		err = unload();
+	else
+		return usage();
+	return err ? 1 : 0;
+}
