@@ -145,6 +145,12 @@ class Conversation:
         assert (ack.seq, ack.ack) == (self.there.ack & 0xFFFFFFFF, self.there.seq & 0xFFFFFFFF)
         return syn, synack
 
+    def greet(self) -> None:
+        """The server says a byte, which only an accepted socket can: no segment names the client any more."""
+        self.to_client("PA", seq=self.there.seq, ack=self.there.ack, data=b"!")
+        self.here.ack += 1
+        self.there.seq += 1
+
     @property
     def delta(self) -> int:
         """What is added to the client's numbers on their way to the server."""

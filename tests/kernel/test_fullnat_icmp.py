@@ -52,6 +52,7 @@ def _is_error(packet: Packet) -> bool:
 def _talk(wired: Wired) -> Conversation:
     talk = Conversation(wired.client, wired.server, wired.family, dport=8080)
     talk.open(isn=0xFFFFFFF0)
+    talk.greet()
     return talk
 
 
@@ -179,6 +180,7 @@ def test_without_df_it_goes_on_in_pieces(site: Callable[..., Site]) -> None:
     net.balance(4, "-b", locals_=1, servers=[server.address(4)])
     talk = Conversation(client, server, 4)
     talk.open()
+    talk.greet()
     net.director.ip(f"link set {net.back} mtu 1400")
     data = bytes(range(250)) * 5
     client.send(packets.tcp(talk.outside, "A", seq=talk.here.seq, ack=talk.here.ack, data=data + b"x" * 210, df=False))
