@@ -9,6 +9,7 @@ the other tools has a `root.yaml` of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -223,10 +224,38 @@ class Tools:
         return Stage(
             f"tool-{name}",
             self._inputs(tool, pin),
-            lambda out: self._build(tool, version, self.release(name), out),
+            lambda out: self._build(tool, version, self.release(name), out, self.root_of(name)),
             [self.root_of(name).stage()],
             title=f"building {tool.name} {version}",
         )
+
+    def variant(
+        self, name: str, label: str, *, series: bool = True, switches: Sequence[str] = (), root: Root | None = None
+    ) -> Stage:
+        """A tool's packages made otherwise than they ship, for tests and measurements.
+
+        Args:
+            name: the tool.
+            label: what the variant is called.
+            series: with our patches.
+            switches: conditions of its spec (`%bcond_with`) that hold.
+            root: the build root, if it needs more than the tool itself.
+
+        Raises:
+            BuildError: see `stage`.
+        """
+        tool = read(name, self.room)
+        tool = tool if series else dataclasses.replace(tool, patches=())
+        pin = self.pins.pin(tool.source) if tool.source else None
+        version = pin.version if pin else tool.version
+        where = root or self.root_of(name)
+
+        def build(out: Path) -> None:
+            self._build(tool, version, f"{tool.release}.{label}", out, where, switches)
+
+        inputs = {**self._inputs(tool, pin), "switches": list(switches)}
+        title = f"building {tool.name} {version}, {label}"
+        return Stage(f"tool-{name}-{label}", inputs, build, [where.stage()], title=title)
 
     def all_stages(self) -> list[Stage]:
         """Every tool's stage."""
@@ -259,21 +288,23 @@ class Tools:
         """The build root, built if need be: compilers, rpm, and the libraries that the tools link against."""
         return Sandbox(self.store.ensure(self.root.stage()) / "root")
 
-    def _build(self, tool: Tool, version: str, release: str, out: Path) -> None:
+    def _build(
+        self, tool: Tool, version: str, release: str, out: Path, root: Root, switches: Sequence[str] = ()
+    ) -> None:
         self.store.require_space(_SPACE, f"building {tool.name}")
         archives = [self.pins.resolve(tool.source).path] if tool.source else []
         cache = self.store.root / "ccache"
         cache.mkdir(parents=True, exist_ok=True)
         progress.note(f"{tool.name} {version}-{release}, {len(tool.patches)} patches")
         rpm.build(
-            Sandbox(self.store.path(self.root_of(tool.folder.name).stage()) / "root"),
+            Sandbox(self.store.path(root.stage()) / "root"),
             spec(tool, version, archives[0].name if archives else "", release),
             tool.name,
             [*archives, *(tool.folder / file for file in tool.files), *tool.patches],
             out,
             what=f"building {tool.name}",
             # The root is read-only: rpm's scripts cannot be in its default, /var/tmp.
-            defines={"_tmppath": "/tmp"},  # noqa: S108  inside the sandbox
+            defines={"_tmppath": "/tmp", **{f"_with_{name}": "1" for name in switches}},  # noqa: S108  inside the sandbox
             binds={cache: "/build/ccache"},
             env={
                 # gcc is ccache there, without a word of it in a spec: an SRPM rebuilds where there is none
