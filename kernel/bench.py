@@ -25,7 +25,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from kernel import build, develop
 from pipeline import progress, rpm, run, settings
@@ -258,14 +258,14 @@ class Report:
     rows: tuple[tuple[Row, tuple[Result, ...]], ...]
 
     @classmethod
-    def of(cls, title: str, samples: Sequence[Sample], rounds: int) -> Report:
-        """Work the figures out.
+    def of(cls, title: str, samples: Sequence[Sample], rounds: int, lines: Sequence[Row] = ROWS) -> Report:
+        """Work the figures of some rows out.
 
         Raises:
             BuildError: some are missing.
         """
         rows = []
-        for row in ROWS:
+        for row in lines:
             results = [compare(comparison, samples, rounds) for comparison in row.comparisons]
             first = worst(row, results)
             rows.append((row, (first, *(result for result in results if result is not first))))
@@ -373,6 +373,8 @@ class Plan:
     rounds: int
     work: Path
     effort: Effort = field(init=False)
+    task: ClassVar[str] = "bench-forwarding"
+    script: ClassVar[str] = "forwarding.py"  # of inside/
 
     def __post_init__(self) -> None:
         self.effort = TIMED if self.accelerator.name == "kvm" else COUNTED
@@ -416,7 +418,7 @@ class Plan:
             *(f"mount -t 9p -o {_9P},cache=loose,ro {tag} {tag}" for tag in ("inside", "kernel", "stock")),
             f"mount -t 9p -o {_9P} out out",
             "mount --bind kernel/lib/modules usr/lib/modules",
-            "exec chroot . python3 /inside/forwarding.py",
+            f"exec chroot . python3 /inside/{self.script}",
         ]
         words = [
             "console=ttyS0 quiet loglevel=5 panic=-1",
@@ -426,7 +428,7 @@ class Plan:
             f'init=/bin/sh -- -ec "{"; ".join(mounts)}"',
         ]
         return Machine(
-            "bench-forwarding",
+            self.task,
             self.work / "machine",
             self.accelerator,
             kernel=self.work / "kernel" / "boot" / self.kernel.image.name,
@@ -503,7 +505,7 @@ def forwarding(ipvsadm: Stage, rounds: int = 0, file: Path | None = None) -> lis
     Raises:
         BuildError: bad input, or something could not be built or measured.
     """
-    _check(rounds, file)
+    check(rounds, file)
     store = Store()
     room = build.kernels(store)
     kernel = develop.chosen(debug=False, store=store)
@@ -516,7 +518,11 @@ def forwarding(ipvsadm: Stage, rounds: int = 0, file: Path | None = None) -> lis
     plan = Plan(kernel, root, programs, stock, accelerator, rounds, settings.out() / "bench-forwarding")
     with store.lock("bench-forwarding"), progress.step(f"measuring {kernel.title} in {plan.rounds} rounds"):
         text = plan.run()
-    report = Report.of(plan.title, parse(text), plan.rounds)
+    return shown(Report.of(plan.title, parse(text), plan.rounds), file)
+
+
+def shown(report: Report, file: Path | None) -> list[str]:
+    """Save a report for other programs, if there is a file for it, and return its table."""
     if file:
         beside = file.with_name(f".{file.name}.new")
         beside.write_text(json.dumps(report.data(), indent=1) + "\n", encoding="utf-8")
@@ -526,7 +532,7 @@ def forwarding(ipvsadm: Stage, rounds: int = 0, file: Path | None = None) -> lis
     return report.table()
 
 
-def _check(rounds: int, file: Path | None) -> None:
+def check(rounds: int, file: Path | None, task: str = "bench-forwarding") -> None:
     """Refuse bad input before anything is built."""
     wrong = []
     if not 0 <= rounds <= _MOST_ROUNDS:
@@ -534,7 +540,7 @@ def _check(rounds: int, file: Path | None) -> None:
     if file and (file.is_dir() or not file.absolute().parent.is_dir()):
         wrong.append(f"--json {file}: {'is a folder' if file.is_dir() else 'its folder does not exist'}")
     if wrong:
-        raise BuildError("; ".join(wrong), "invoke --help bench-forwarding")
+        raise BuildError("; ".join(wrong), f"invoke --help {task}")
 
 
 def _link(source: str, target: str) -> None:

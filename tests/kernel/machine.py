@@ -29,7 +29,7 @@ from tools import build as tools
 HERE = Path(__file__).resolve().parent
 _9P = "trans=virtio,version=9p2000.L,msize=512000,cache=loose"
 _PORT = "lvsforge.agent"  # as in inside/agent.py
-_PROGRAMS = ("ipvsadm", "quagga", "toa-bpf")  # folders of tools/
+_PROGRAMS = ("ipvsadm", "keepalived", "quagga", "toa-bpf")  # folders of tools/
 # Slower than a plain kernel on the same machine, measured with the tests of stock NAT.
 _DEBUG_SCALE = 3.0
 _MEMORY = {False: 1024, True: 3072}  # MiB; KASAN's shadow and quarantine, kmemleak's and lockdep's tables
@@ -334,11 +334,12 @@ def programs_stage(store: Store) -> Stage:
     packages = [room.stage(name) for name in _PROGRAMS]
 
     def unpack(out: Path) -> None:
+        box = sandbox.Sandbox(store.path(room.root.stage()) / "root")
         for file in (file for package in packages for file in tools.packages(store.path(package))):
-            rpm.unpack(sandbox.Sandbox(store.path(room.root.stage()) / "root"), file, out / "root")
+            rpm.unpack(box, file, out / "root")
 
     title = f"unpacking {', '.join(_PROGRAMS)}"
-    return Stage("test-programs", {"rev": 1}, unpack, [*packages, room.root.stage()], title=title)
+    return Stage("test-programs", {"rev": 2}, unpack, [*packages, room.root.stage()], title=title)
 
 
 @contextlib.contextmanager

@@ -142,4 +142,7 @@ def listed(of: dict[str, Any]) -> dict[str, Any]:
     _, replies = link.call(COMMANDS["GET_SERVICE"], service(of))
     own = attributes(attributes(replies[0])[ATTR_SERVICE]) if replies else {}
     timeout = struct.unpack("=I", own[32])[0] if 32 in own else None
-    return {"locals": locals_, "methods": methods, "est_timeout": timeout, "attributes": sorted(own)}
+    flags = struct.unpack_from("=I", own[7])[0] if 7 in own else None
+    return {
+        "locals": locals_, "methods": methods, "est_timeout": timeout, "flags": flags, "attributes": sorted(own),
+    }  # fmt: skip

@@ -85,6 +85,24 @@ def hold(address: str, port: int, count: int, sport: int, patience: float) -> No
     select.select([], [], [])
 
 
+def chat(address: str, port: int, count: int, patience: float) -> None:
+    """Open so many connections and ask on each of them again and again, for ever; prints a line for each round.
+
+    An answer that does not come ends it with an error.
+    """
+    links = [socket.create_connection((address, port), patience) for _ in range(count)]
+    rounds = 0
+    while True:
+        for link in links:
+            link.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            data = link.recv(4096)
+            if not data.startswith(b"HTTP/1.1 200 "):
+                raise ValueError(f"round {rounds}: {data!r}")
+        rounds += 1
+        print(rounds, flush=True)
+        time.sleep(0.5)  # noqa: TID251  pipeline/run.py is not here
+
+
 def http_post(address: str, port: int, size: int, patience: float) -> str:
     """Send so many bytes to a web server and return its answer."""
     with socket.socket(_family(address)) as link:
