@@ -1,4 +1,4 @@
-"""The tasks of lvsforge: names, flags and wiring. The work is in the rooms.
+"""The tasks of lvsforge: names, flags and wiring. The work is in the rooms; those of a cluster: provision/tasks.py.
 
 Run `invoke --list` for the contents and `invoke --help TASK` for one task.
 """
@@ -15,12 +15,12 @@ from kernel import bench, develop
 from kernel import build as kernel_build
 from pipeline import clean as cleaning
 from pipeline import doctor as doctoring
-from pipeline import progress, settings, sources, testing
 from pipeline import series as series_tasks
+from pipeline import sources, testing
 from pipeline import status as reporting
 from pipeline.cli import command
 from pipeline.store import Store
-from provision import render
+from provision import tasks as provision
 from tools import build as tools_build
 
 _ROLE = {"role": "director or realserver; both when not given"}
@@ -233,18 +233,12 @@ def check_image(_c: Any, role: str = "") -> None:
     bake.check(role)
 
 
-@command(help={"role": "director or realserver", "seed": "a NoCloud ISO (see render-seed); else a throw-away login"})
+@command(help={"role": "director or realserver", "seed": "a NoCloud ISO (see render); else a throw-away login"})
 def console(_c: Any, role: str, seed: str = "") -> None:
     """Boot a throw-away overlay of an image with its console on this terminal."""
     bake.console(role, Path(seed) if seed else None)
 
 
-@command(
-    "dry_run", name="render-seed", help={"host": "a host file (provision/examples/)", "out": "the folder to write"}
-)
-def render_seed(_c: Any, host: str, out: str = "out/hosts") -> None:
-    """Render a host's files and its cloud-init seed from its host file."""
-    progress.note(f"written: {render.render_host(Path(host), settings.TOP / out)}")
-
-
 namespace = Collection.from_module(__import__(__name__))
+for _task in Collection.from_module(provision).tasks.values():
+    namespace.add_task(_task)

@@ -144,7 +144,7 @@ def console(role: str, seed: Path | None) -> None:
         BuildError: the seed does not exist, or the machine could not be started.
     """
     if seed and not seed.is_file():
-        raise BuildError(f"{seed} does not exist", "invoke render-seed HOSTFILE")
+        raise BuildError(f"{seed} does not exist", "invoke render --cluster FILE")
     line = Line()
     image = line.image(role)
     disk = verify.qcow2(line.store.ensure(image.finished))

@@ -1,17 +1,16 @@
-"""A host's model: what its file may say, and the rules that a schema cannot express.
+"""What every host of a cluster has, director or real server: its name, NICs, keys, kernel settings and files.
 
-A host file is refused whole: shapes (`host.schema.json`) and rules are checked together, and everything that is wrong
-is listed at once with dotted paths. What `load` returns needs no further check.
+`Reader` reads these parts of a host's entry in the cluster file (`provision.cluster`) and notes what is wrong with
+dotted paths. What concerns more than one host, or directors alone, stands there.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import (
     IPv4Address,
     IPv4Interface,
@@ -26,29 +25,22 @@ from ipaddress import (
 from pathlib import Path
 from typing import Any
 
-from pipeline import recipe
-from pipeline.errors import BuildError, Problems
+from pipeline.errors import Problems
 
 Address = IPv4Address | IPv6Address
 OwnAddress = IPv4Interface | IPv6Interface
 Network = IPv4Network | IPv6Network
 
-SCHEMA: Mapping[str, Any] = json.loads(Path(__file__).with_name("host.schema.json").read_text(encoding="utf-8"))
-
-# The operations manual's /etc/sysctl.conf: section 1c for its cluster mode, 2c for master/backup.
-MODE_SYSCTL: Mapping[str, Mapping[str, str]] = {
-    "ospf": {
-        "net.ipv4.conf.all.arp_ignore": "1",
-        "net.ipv4.conf.all.arp_announce": "2",
-        "net.core.netdev_max_backlog": "500000",
-    },
-    "vrrp": {"net.core.netdev_max_backlog": "500000"},
-}
-
 # Paths that `files` may not name, and why.
 RESERVED: Mapping[str, str] = {
-    "/etc/lvs/host.conf": "rendered from uplink, downlink and local_addresses",
+    "/etc/lvs/host.conf": "rendered from uplink, downlink and local addresses",
+    "/etc/lvs/network-config": "rendered from interfaces",
+    "/etc/lvs/files": "the list of rendered files",
     "/etc/sysctl.d/70-host.conf": "rendered from mode and sysctl",
+    "/etc/keepalived/keepalived.conf": "rendered from services and local addresses",
+    "/etc/quagga/zebra.conf": "rendered from ospf and vty",
+    "/etc/quagga/ospfd.conf": "rendered from ospf and vty",
+    "/etc/quagga/ospf6d.conf": "rendered from ospf and vty",
     "/etc/hostname": "rendered from name",
     "/etc/machine-id": "each host makes its own at its first boot",
     "/etc/passwd": "a file would replace the accounts that the packages made",
@@ -58,7 +50,6 @@ RESERVED: Mapping[str, str] = {
 }
 
 DEFAULT_MODE = 0o640  # files handed over raw often hold passwords (keepalived's auth_pass, OSPF's keys)
-_DIRECTOR_ONLY = ("mode", "uplink", "downlink", "local_addresses")
 _KEY_TYPES = (
     "ssh-ed25519",
     "ssh-rsa",
@@ -78,6 +69,7 @@ _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _SYSCTL = re.compile(r"[a-z][a-z0-9_-]*(\.[A-Za-z0-9_*/:@-]+)+")
 _PATH = re.compile(r"/etc(/[A-Za-z0-9_@%+,:=.-]+)+")
 _OCTAL = re.compile(r"0[0-7]{3}")
+_SSH = re.compile(r"(?P<host>[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\])(:(?P<port>[0-9]{1,5}))?")
 
 
 @dataclass(frozen=True)
@@ -94,7 +86,7 @@ class Interface:
 
     Attributes:
         name: the name it gets.
-        mac: the hardware address by which it is found, lower case.
+        mac: the hardware address by which it is found, lower case; None where the kernel's own name is taken.
         addresses: its own addresses with prefix length.
         gateway4, gateway6: default routers.
         routes: further routes.
@@ -103,7 +95,7 @@ class Interface:
     """
 
     name: str
-    mac: str
+    mac: str | None = None
     addresses: tuple[str, ...] = ()
     gateway4: str | None = None
     gateway6: str | None = None
@@ -112,127 +104,141 @@ class Interface:
     dhcp4: bool = False
     dhcp6: bool = False
 
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        """The networks of its own addresses."""
+        return tuple(ip_interface(address).network for address in self.addresses)
+
 
 @dataclass(frozen=True)
 class File:
-    """A file of the host: its absolute path, its text, its permission bits."""
+    """A file of a host.
+
+    Attributes:
+        path: absolute.
+        content: its text.
+        mode: permission bits.
+        owner: user and group of the same name.
+    """
 
     path: str
     content: str
     mode: int
+    owner: str = "root"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Host:
-    """A host that has passed every rule.
+    """What every host has.
 
     Attributes:
         name: short or full host name.
-        role: director or realserver.
+        ssh: where its sshd is: a name or address, and a port (22 where 0).
         ssh_authorized_keys: public keys, one line each, no key twice.
-        mode: ospf or vrrp for a director, else None.
         interfaces: its NICs, in the order of its file.
-        uplink, downlink: names of interfaces; None for a real server.
-        local_addresses: without prefix length, in the order of its file.
-        sysctl: settings beyond those of the mode.
+        sysctl: settings of its own.
         files: handed over as they are, in the order of its file.
     """
 
     name: str
-    role: str
-    ssh_authorized_keys: tuple[str, ...]
-    mode: str | None
-    interfaces: tuple[Interface, ...]
-    uplink: str | None
-    downlink: str | None
-    local_addresses: tuple[str, ...]
-    sysctl: Mapping[str, str]
-    files: tuple[File, ...]
+    ssh: tuple[str, int]
+    ssh_authorized_keys: tuple[str, ...] = ()
+    interfaces: tuple[Interface, ...] = ()
+    sysctl: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[File, ...] = ()
+
+    @property
+    def role(self) -> str:
+        """Which image it runs."""
+        raise NotImplementedError
 
     @property
     def kernel_settings(self) -> Mapping[str, str]:
-        """The mode's settings in the manual's order, then the host's own; the host's win."""
-        return {**(MODE_SYSCTL[self.mode] if self.mode else {}), **self.sysctl}
+        """All that is rendered for it, its own last: they win."""
+        return self.sysctl
+
+    @property
+    def own_addresses(self) -> tuple[Address, ...]:
+        """The addresses of its NICs."""
+        return tuple(ip_interface(address).ip for nic in self.interfaces for address in nic.addresses)
 
 
-def load(path: Path) -> Host:
-    """Read a host file.
+class Reader:
+    """Applies the rules to data that may be of any shape: the schema's findings must not hide those of the rules.
 
-    Raises:
-        BuildError: missing, not YAML, or anything in it or in a file that it refers to is wrong; all problems at once.
+    Args:
+        folder: where relative paths of files start.
+        problems: takes what is wrong.
+        place: the host's dotted path (`directors[0]`).
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise BuildError(f"{path} does not exist", f"ls {path.parent}") from None
-    except UnicodeDecodeError as error:
-        raise BuildError(f"{path}: not UTF-8 at byte {error.start}", f"correct {path}") from None
-    data = recipe.parse(text, str(path))
-    problems = recipe.check(data, SCHEMA, str(path))
-    host = _Reader(path.parent, problems).host(data if isinstance(data, dict) else {})
-    problems.raise_if_any(str(path), f"correct {path}")
-    return host
 
-
-class _Reader:
-    """Applies the rules to data that may be of any shape: the schema's findings must not hide those of the rules."""
-
-    def __init__(self, folder: Path, problems: Problems) -> None:
+    def __init__(self, folder: Path, problems: Problems, place: str) -> None:
         self.folder = folder
         self.problems = problems
+        self.place = place
         # What must be unique or is compared across interfaces, with the place where it was first seen.
         self.names: dict[str, str] = {}
         self.macs: dict[str, str] = {}
+        self.by_mac: dict[str, str] = {}  # to the interface's name
         self.own: dict[Address, str] = {}
         self.default_routers: dict[int, str] = {}
 
-    def host(self, data: Mapping[Any, Any]) -> Host:
-        role = _text(data.get("role")) or ""
-        interfaces = tuple(
-            self.interface(item, f"interfaces[{n}]")
-            for n, item in _members(data.get("interfaces"))
-            if isinstance(item, dict)
-        )
-        self.role(data, role)
-        return Host(
-            name=self.name(data.get("name")),
-            role=role,
-            ssh_authorized_keys=self.keys(data.get("ssh_authorized_keys")),
-            mode=_text(data.get("mode")),
-            interfaces=interfaces,
-            uplink=_text(data.get("uplink")),
-            downlink=_text(data.get("downlink")),
-            local_addresses=self.local_addresses(data.get("local_addresses")),
-            sysctl=self.sysctl(data.get("sysctl")),
-            files=self.files(data.get("files")),
-        )
+    def at(self, key: str) -> str:
+        """The dotted path of one of the host's keys."""
+        return f"{self.place}.{key}" if self.place else key
+
+    def parts(self, data: Mapping[Any, Any], keys: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The arguments of `Host`, with the cluster's login keys before its own."""
+        name = self.name(data.get("name"))
+        return {
+            "name": name,
+            "ssh": self.ssh(data.get("ssh"), name),
+            "interfaces": tuple(
+                self.interface(item, self.at(f"interfaces[{n}]"))
+                for n, item in members(data.get("interfaces"))
+                if isinstance(item, dict)
+            ),
+            "ssh_authorized_keys": tuple(dict.fromkeys([*keys, *self.keys(data.get("ssh_authorized_keys"))])),
+            "sysctl": self.sysctl(data.get("sysctl")),
+            "files": self.files(data.get("files")),
+        }
 
     def name(self, value: Any) -> str:
-        name = _text(value)
+        name = text_of(value)
+        place = self.at("name")
         if name is None:
             return ""
         if not all(_LABEL.fullmatch(label) for label in name.split(".")):
-            self.problems.add("name", f"{name!r} is no host name: labels of a-z, 0-9 and inner hyphens, joined by dots")
+            self.problems.add(place, f"{name!r} is no host name: labels of a-z, 0-9 and inner hyphens, joined by dots")
         elif len(name) > _MAX_HOST_NAME:
-            self.problems.add("name", f"{len(name)} characters; Linux takes {_MAX_HOST_NAME}")
+            self.problems.add(place, f"{len(name)} characters; Linux takes {_MAX_HOST_NAME}")
         return name
 
-    def role(self, data: Mapping[Any, Any], role: str) -> None:
-        """What a director needs, and what a real server has no use for."""
-        if role == "realserver":
-            for key in _DIRECTOR_ONLY:
-                if key in data:
-                    self.problems.add(key, "only a director has it; this is a real server")
-        if role != "director":
-            return
-        if "mode" not in data:
-            self.problems.add("mode", "missing; a director is one of a cluster (ospf) or of a pair (vrrp)")
-        for key in ("uplink", "downlink"):
-            if key not in data:
-                self.problems.add(key, "missing; a director names the interface")
-            elif (name := _text(data[key])) is not None and name not in self.names:
-                known = ", ".join(self.names) or "none"
-                self.problems.add(key, f"there is no interface {name!r} (interfaces: {known})")
+    def ssh(self, value: Any, name: str) -> tuple[str, int]:
+        text = text_of(value)
+        if text is None:
+            return name, 0
+        try:
+            return str(ip_address(text)), 0
+        except ValueError:
+            found = _SSH.fullmatch(text)
+        if found is None or int(found["port"] or 0) > 65535:
+            self.problems.add(self.at("ssh"), f"{text!r} is no address or name with an optional :port")
+            return name, 0
+        return found["host"].strip("[]"), int(found["port"] or 0)
+
+    def nic(self, value: Any, key: str) -> str:
+        """The name of the interface that `uplink` or `downlink` means by name or hardware address."""
+        text = text_of(value)
+        if text is None:
+            return ""
+        if text in self.names:
+            return text
+        if text.lower() in self.by_mac:
+            return self.by_mac[text.lower()]
+        known = ", ".join(self.names) or "none"
+        self.problems.add(self.at(key), f"there is no interface {text!r} (interfaces: {known})")
+        return text
 
     # --- the network
 
@@ -243,9 +249,13 @@ class _Reader:
         mtu = data.get("mtu")
         if isinstance(mtu, int) and mtu < _MIN_MTU_V6 and any(a.version == 6 for a in own):
             self.problems.add(f"{place}.mtu", f"{mtu} is below {_MIN_MTU_V6}, with which IPv6 is turned off")
+        name = self.interface_name(data.get("name"), f"{place}.name")
+        mac = self.mac(data.get("mac"), f"{place}.mac")
+        if mac is not None:
+            self.by_mac.setdefault(mac, name)
         return Interface(
-            name=self.interface_name(data.get("name"), f"{place}.name"),
-            mac=self.mac(data.get("mac"), f"{place}.mac"),
+            name=name,
+            mac=mac,
             addresses=tuple(str(a) for a in own),
             gateway4=_normal(data.get("gateway4")),
             gateway6=_normal(data.get("gateway6")),
@@ -256,7 +266,7 @@ class _Reader:
         )
 
     def interface_name(self, value: Any, place: str) -> str:
-        name = _text(value)
+        name = text_of(value)
         if name is None:
             return ""
         if not _INTERFACE.fullmatch(name) or name == "lo":
@@ -266,12 +276,12 @@ class _Reader:
         self.names.setdefault(name, place)
         return name
 
-    def mac(self, value: Any, place: str) -> str:
+    def mac(self, value: Any, place: str) -> str | None:
         if isinstance(value, int):
             self.problems.add(place, "write it in quotes: YAML reads digits and colons as a number")
-        mac = (_text(value) or "").lower()
+        mac = (text_of(value) or "").lower()
         if not mac:
-            return ""
+            return None
         if not _MAC.fullmatch(mac):
             self.problems.add(place, f"{mac!r} is no hardware address: six pairs of hex digits, joined by colons")
         elif int(mac[:2], 16) & 1:
@@ -282,7 +292,7 @@ class _Reader:
         return mac
 
     def own_addresses(self, value: Any, place: str) -> Iterator[OwnAddress]:
-        for n, item in _texts(value):
+        for n, item in texts(value):
             here = f"{place}[{n}]"
             try:
                 address = ip_interface(item)
@@ -292,7 +302,7 @@ class _Reader:
             network = address.network
             if "/" not in item:
                 self.problems.add(here, f"{item} has no prefix length")
-            elif "%" in item or not _is_host(address.ip):
+            elif "%" in item or not is_host(address.ip):
                 self.problems.add(here, f"{item} is no address that a host can have")
             elif network.prefixlen < network.max_prefixlen - 1 and address.ip == network.network_address:
                 self.problems.add(here, f"{item} is the network's own address")
@@ -306,7 +316,7 @@ class _Reader:
     def default_router(self, data: Mapping[Any, Any], version: int, own: list[OwnAddress], place: str) -> None:
         key = f"gateway{version}"
         here = f"{place}.{key}"
-        text = _text(data.get(key))
+        text = text_of(data.get(key))
         if text is None:
             return
         self.router(text, version, own, here)
@@ -334,8 +344,8 @@ class _Reader:
 
     def routes(self, value: Any, own: list[OwnAddress], place: str) -> Iterator[Route]:
         seen: dict[Network, str] = {}
-        for n, item in _members(value):
-            to, via = (_text(item.get(key)) for key in ("to", "via")) if isinstance(item, dict) else (None, None)
+        for n, item in members(value):
+            to, via = (text_of(item.get(key)) for key in ("to", "via")) if isinstance(item, dict) else (None, None)
             if to is None or via is None:
                 continue
             here = f"{place}[{n}]"
@@ -353,43 +363,18 @@ class _Reader:
             self.router(via, network.version, own, f"{here}.via")
             yield Route(str(network), _normal(via) or "")
 
-    def local_addresses(self, value: Any) -> tuple[str, ...]:
-        seen: dict[Address, str] = {}
-        for n, item in _texts(value):
-            place = f"local_addresses[{n}]"
-            address = self.plain_address(item, place)
-            if address is None:
-                continue
-            if address in self.own:
-                # The manual, 4.3: 注：local address 和内网接口 ip 绝对不能重合.
-                self.problems.add(
-                    place, f"{address} is an interface's own address ({self.own[address]}); the two must not coincide"
-                )
-            elif address in seen:
-                self.problems.add(place, f"{address} stands already at {seen[address]}")
-            seen.setdefault(address, place)
-        return tuple(str(address) for address in seen)
-
     def plain_address(self, text: str, place: str) -> Address | None:
-        """An address without prefix length, or None and a problem."""
-        try:
-            address = ip_address(text)
-        except ValueError:
-            self.problems.add(place, f"{text!r} is no address without prefix length")
-            return None
-        if "%" in text or not _is_host(address):
-            self.problems.add(place, f"{text} is no address that a host can have")
-        return address
+        return plain_address(self.problems, text, place)
 
     # --- who may log in
 
     def keys(self, value: Any) -> tuple[str, ...]:
         found: dict[str, None] = {}  # a set that keeps the order
-        for n, item in _members(value):
-            place = f"ssh_authorized_keys[{n}]"
+        for n, item in members(value):
+            place = self.at(f"ssh_authorized_keys[{n}]")
             if isinstance(item, str):
                 self.key(item, place, found)
-            elif isinstance(item, dict) and (name := _text(item.get("file"))) is not None:
+            elif isinstance(item, dict) and (name := text_of(item.get("file"))) is not None:
                 text = self.read(name, f"{place}.file")
                 if text is None:
                     continue
@@ -422,7 +407,7 @@ class _Reader:
     def sysctl(self, value: Any) -> dict[str, str]:
         settings: dict[str, str] = {}
         for key, setting in (value if isinstance(value, dict) else {}).items():
-            place = f"sysctl.{key}"
+            place = self.at(f"sysctl.{key}")
             if not isinstance(key, str) or not _SYSCTL.fullmatch(key):
                 self.problems.add(place, "no kernel setting: names joined by dots")
             elif isinstance(setting, bool):
@@ -437,7 +422,7 @@ class _Reader:
         found: dict[str, File] = {}
         paths = [path for path in (value if isinstance(value, dict) else {}) if isinstance(path, str)]
         for path in paths:
-            place, entry = f"files.{path}", value[path]
+            place, entry = self.at(f"files.{path}"), value[path]
             self.path(path, paths, place)
             if isinstance(entry, str):
                 entry = {"content": entry}
@@ -461,9 +446,9 @@ class _Reader:
         if ("content" in entry) == ("file" in entry):
             self.problems.add(place, "exactly one of content and file is wanted")
             return None
-        if (name := _text(entry.get("file"))) is not None:
+        if (name := text_of(entry.get("file"))) is not None:
             return self.read(name, f"{place}.file")
-        text = _text(entry.get("content"))
+        text = text_of(entry.get("content"))
         if text is not None and re.search("[\0\ud800-\udfff]", text):
             self.problems.add(f"{place}.content", "no text: a NUL or half a surrogate pair is in it")
         return text
@@ -471,7 +456,7 @@ class _Reader:
     def mode(self, value: Any, place: str) -> int:
         if isinstance(value, int):
             self.problems.add(place, "write it in quotes: YAML reads a leading zero as octal")
-        text = _text(value)
+        text = text_of(value)
         if text is None:
             return DEFAULT_MODE
         if not _OCTAL.fullmatch(text):
@@ -503,16 +488,54 @@ class _Reader:
         return text
 
 
-def _text(value: Any) -> str | None:
+def plain_address(problems: Problems, text: str, place: str) -> Address | None:
+    """An address without prefix length that a host can have, or None and a problem."""
+    try:
+        address = ip_address(text)
+    except ValueError:
+        problems.add(place, f"{text!r} is no address without prefix length")
+        return None
+    if "%" in text or not is_host(address):
+        problems.add(place, f"{text} is no address that a host can have")
+    return address
+
+
+def text_of(value: Any) -> str | None:
+    """A text, or None where it is anything else."""
     return value if isinstance(value, str) else None
 
 
-def _members(value: Any) -> list[tuple[int, Any]]:
+def members(value: Any) -> list[tuple[int, Any]]:
+    """The members of a list with their numbers; none where it is no list."""
     return list(enumerate(value)) if isinstance(value, list) else []
 
 
-def _texts(value: Any) -> list[tuple[int, str]]:
-    return [(n, item) for n, item in _members(value) if isinstance(item, str)]
+def texts(value: Any) -> list[tuple[int, str]]:
+    """The texts among the members of a list."""
+    return [(n, item) for n, item in members(value) if isinstance(item, str)]
+
+
+def mappings(value: Any) -> list[tuple[int, Mapping[Any, Any]]]:
+    """The mappings among the members of a list."""
+    return [(n, item) for n, item in members(value) if isinstance(item, dict)]
+
+
+def number(value: Any, default: int) -> int:
+    """A number from 0, or the default where it is anything else."""
+    return found if (found := number_or_none(value)) is not None else default
+
+
+def number_or_none(value: Any) -> int | None:
+    """A number from 0, or None where it is anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def address_or_none(text: str) -> Address | None:
+    """An address, or None where it is none."""
+    try:
+        return ip_address(text)
+    except ValueError:
+        return None
 
 
 def _normal(value: Any) -> str | None:
@@ -523,7 +546,8 @@ def _normal(value: Any) -> str | None:
         return str(value)
 
 
-def _is_host(address: Address) -> bool:
+def is_host(address: Address) -> bool:
+    """Whether a host can have it: no group, nobody, not this machine itself."""
     return not (address.is_multicast or address.is_unspecified or address.is_loopback or address.is_reserved)
 
 

@@ -1,17 +1,19 @@
-"""Rendering: a host file becomes that host's files at their real paths, and the NoCloud seed that brings them there.
+"""Rendering: a cluster file becomes each host's files at their real paths, and the NoCloud seed that brings them there.
 
     OUT/<host>/rootfs/etc/…                                the files, to be read and compared
     OUT/<host>/seed/{user-data,meta-data,network-config}   the same inside a seed
     OUT/<host>/seed.iso                                    the seed as the disk that a machine boots with
 
-Templates are stored at the path they render to, with `.j2` behind; one that renders to nothing makes no file. The seed
-runs no command: the image applies the kernel settings, runs /etc/rc.local and starts those services whose configuration
-is there, all after the seed's files have arrived.
+Templates are stored at the path they render to, with `.j2` behind; one that renders to nothing makes no file, and one
+whose name has `@SERVICE@` in it makes a file for each service. The seed runs no command: the image applies the kernel
+settings, removes files of an earlier seed (/etc/lvs/files is the list), runs /etc/rc.local and starts those services
+whose configuration is there, all after the seed's files have arrived.
 """
 
 from __future__ import annotations
 
 import fcntl
+import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,64 +24,186 @@ from typing import Any
 import jinja2
 import yaml
 
-from pipeline import progress, seed
+from pipeline import progress, seed, settings
 from pipeline.errors import BuildError
 from pipeline.store import remove_tree
-from provision import host as model
-from provision.host import File, Host, Interface
+from provision import cluster as clusters
+from provision.host import File, Host, Interface, Network
+from provision.model import Cluster, Director, Service
 
 TEMPLATES = Path(__file__).with_name("templates")
-_RENDERED_MODE = 0o644  # templates hold no secrets, and operators read these without sudo
+FILES = "/etc/lvs/files"
+NETWORK = "/etc/lvs/network-config"
+_SERVICE = "@SERVICE@"
+# The folders whose files hold passwords, and who must be able to read them: the routing daemons run as frr.
+_OWNERS: Mapping[str, str] = {"/etc/keepalived": "root", "/etc/quagga": "frr"}
+_SECRET_MODE = 0o640
+_RENDERED_MODE = 0o644  # the other templates hold no secrets, and operators read these without sudo
 
 
-def render_host(path: Path, out: Path) -> Path:
-    """Write a host's files and its seed.
+def render_cluster(path: Path, out: Path, names: Sequence[str] = ()) -> list[Path]:
+    """Write each host's files and its seed.
 
     Nothing is written unless all is right; an earlier result is replaced whole. The same input gives the same bytes.
 
     Args:
-        path: the host file.
+        path: the cluster file.
         out: the folder that gets a folder for each host.
+        names: only these hosts; all where empty.
 
     Returns:
-        The host's folder. Only its owner may read it: passwords of VRRP and OSPF are in there.
+        The hosts' folders. Only their owner may read them: passwords of VRRP and OSPF are in there.
 
     Raises:
-        BuildError: the host file is wrong, or the folder's place is taken by something else.
+        BuildError: the cluster file is wrong, or a folder's place is taken by something else.
     """
     with progress.step(f"rendering {path}"):
-        host = model.load(path)
-        files = root_files(host)
-        parts = seed_files(host, files)
-        target = out / host.name
-        if target.exists() and not (target / "seed" / "meta-data").is_file():
-            raise BuildError(
-                f"{target} is there and is no rendered host", f"mv {target} {target}.old   (or choose another --out)"
-            )
+        cluster = clusters.load(path)
+        chosen = cluster.chosen(tuple(names))
+        targets = [out / host.name for host in chosen]
+        for target in targets:
+            if target.exists() and not (target / "seed" / "meta-data").is_file():
+                raise BuildError(
+                    f"{target} is there and is no rendered host",
+                    f"mv {target} {target}.old   (or choose another --out)",
+                )
+        render = Renderer(cluster)
+        rendered = [(host, render.root_files(host)) for host in chosen]
+        if settings.current.dry_run:
+            progress.note(f"would write {', '.join(map(str, targets))}")
+            return targets
         out.mkdir(parents=True, exist_ok=True)
         with _alone(out):
-            beside = out / f".{host.name}.new"
-            remove_tree(beside)
-            _write(beside, files, parts)
-            _replace(target, beside)
-    return target
+            for host, files in rendered:
+                beside = out / f".{host.name}.new"
+                remove_tree(beside)
+                _write(beside, files, seed_files(host, files))
+            for target in targets:
+                _replace(target, target.with_name(f".{target.name}.new"))
+    return targets
 
 
-def root_files(host: Host) -> tuple[File, ...]:
-    """The host's files, rendered and handed over, sorted by path."""
-    rendered = [File(path, text, _RENDERED_MODE) for path, text in _templates(host) if text.strip()]
-    return tuple(sorted([*rendered, *host.files], key=lambda file: file.path))
+class Renderer:
+    """Renders the hosts of a cluster; what is the same on many of them is rendered once."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self._environment = jinja2.Environment(  # noqa: S701  configuration files, not HTML
+            loader=jinja2.FileSystemLoader(TEMPLATES),
+            undefined=jinja2.StrictUndefined,
+            keep_trailing_newline=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._paths = template_paths()
+        self._services: dict[str, str] = {}
+
+    def root_files(self, host: Host) -> tuple[File, ...]:
+        """The host's files, rendered and handed over, sorted by path."""
+        rendered = [_file(path, text) for path, text in self._templates(host) if text.strip()]
+        if host.interfaces:
+            rendered.append(_file(NETWORK, network_config(host)))
+        files = sorted([*rendered, *host.files], key=lambda file: file.path)
+        if files:
+            files.append(_file(FILES, "".join(f"{file.path}\n" for file in files)))
+        return tuple(sorted(files, key=lambda file: file.path))
+
+    def _templates(self, host: Host) -> Iterator[tuple[str, str]]:
+        services = self.cluster.services_of(host) if isinstance(host, Director) else ()
+        for path in self._paths:
+            if _SERVICE in path:
+                for service in services:
+                    yield path.replace(_SERVICE, service.name), self._service(path, host, service, services)
+            else:
+                yield (
+                    path,
+                    self._template(path).render(
+                        host=host,
+                        cluster=self.cluster,
+                        services=services,
+                        announced=self._announced,
+                        networks=lambda version, host=host: self._networks(host, version),
+                    ),
+                )
+
+    def _service(self, path: str, host: Host, service: Service, services: Sequence[Service]) -> str:
+        """A service's file: the same on all directors, but for who is master."""
+        assert isinstance(host, Director)  # noqa: S101  real servers have no services
+        instances = list(self._instances(host, service, services))
+        if not instances and service.name in self._services:
+            return self._services[service.name]
+        groups = [
+            {
+                "name": service.group(version),
+                "vips": [vip for vip in service.vips if vip.version == version],
+                "real_servers": [each for each in service.real_servers if each.address.version == version],
+                "sorry": [each for each in service.sorry if each[0].version == version],
+            }
+            for version in service.versions
+        ]
+        text = self._template(path).render(
+            service=service, groups=groups, instances=instances, bind_by_script=self.cluster.mode == "ospf"
+        )
+        if not instances:
+            self._services[service.name] = text
+        return text
+
+    def _instances(self, host: Director, service: Service, services: Sequence[Service]) -> Iterator[dict[str, Any]]:
+        """The VRRP instance that stands in a service's file: the first one of its services has it."""
+        for instance in self.cluster.instances:
+            mine = [each for each in services if each.instance == instance.name]
+            if not mine or mine[0] is not service:
+                continue
+            vips = list(dict.fromkeys(vip for each in mine for vip in each.vips))
+            # One protocol for one family: what it says of IPv6 besides goes in the list that is not advertised.
+            first = min(vip.version for vip in vips)
+            names = {name for each in mine for name in each.directors}
+            rivals = [director.priority for director in self.cluster.directors if director.name in names]
+            yield {
+                "name": instance.name,
+                "state": "MASTER" if host.priority == max(rivals) else "BACKUP",
+                "interface": host.uplink if instance.interface == "uplink" else host.downlink,
+                "id": instance.id,
+                "priority": host.priority,
+                "advert_int": instance.advert_int,
+                "password": instance.password,
+                "vips": [vip for vip in vips if vip.version == first],
+                "excluded": [vip for vip in vips if vip.version != first],
+            }
+
+    def _announced(self, version: int) -> list[Network]:
+        return [prefix for prefix in self.cluster.vip_prefixes if prefix.version == version]
+
+    def _networks(self, host: Host, version: int) -> list[Network]:
+        """OSPF's networks: those of the VIPs, and the uplink's, on which it speaks."""
+        assert isinstance(host, Director)  # noqa: S101  no real server speaks OSPF
+        own = [network for network in host.interface(host.uplink).networks if network.version == version]
+        return list(dict.fromkeys([*self._announced(version), *own]))
+
+    @functools.cache  # noqa: B019  a renderer lives as long as one run
+    def _template(self, path: str) -> jinja2.Template:
+        return self._environment.get_template(f"{path[1:]}.j2")
+
+
+def _file(path: str, text: str) -> File:
+    owner = _OWNERS.get(os.path.dirname(path))
+    return File(path, text, _RENDERED_MODE) if owner is None else File(path, text, _SECRET_MODE, owner)
 
 
 def seed_files(host: Host, files: Sequence[File]) -> dict[str, str]:
     """The seed's parts by name; there is no network-config for a host without interfaces."""
     parts = {"user-data": _user_data(host, files)}
     if host.interfaces:
-        parts["network-config"] = _yaml({"version": 2, "ethernets": {i.name: _ethernet(i) for i in host.interfaces}})
+        parts["network-config"] = network_config(host)
     # cloud-init leaves a host as it is while the id stays: any change of content must change the id.
     identity = seed.instance_id(*(f"{name}\n{parts[name]}" for name in sorted(parts)))
     parts["meta-data"] = _yaml({"instance-id": identity, "local-hostname": host.name})
     return parts
+
+
+def network_config(host: Host) -> str:
+    """A host's network as cloud-init's network-config, version 2."""
+    return _yaml({"version": 2, "ethernets": {nic.name: _ethernet(nic) for nic in host.interfaces}})
 
 
 def template_paths() -> list[str]:
@@ -90,18 +214,6 @@ def template_paths() -> list[str]:
     return ["/" + path.relative_to(TEMPLATES).as_posix().removesuffix(".j2") for path in found]
 
 
-def _templates(host: Host) -> Iterator[tuple[str, str]]:
-    environment = jinja2.Environment(  # noqa: S701  configuration files, not HTML
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for path in template_paths():
-        yield path, environment.get_template(f"{path[1:]}.j2").render(host=host)
-
-
 def _user_data(host: Host, files: Sequence[File]) -> str:
     data: dict[str, Any] = {"hostname": host.name.split(".")[0]}
     if "." in host.name:
@@ -109,11 +221,35 @@ def _user_data(host: Host, files: Sequence[File]) -> str:
     # The keys are root's: the image has no other account. No `users: []` here, which cloud-init's schema refuses.
     data["disable_root"] = False
     data["ssh_authorized_keys"] = list(host.ssh_authorized_keys)
-    if files:
-        data["write_files"] = [
-            {"path": file.path, "permissions": f"{file.mode:04o}", "content": file.content} for file in files
-        ]
-    return "#cloud-config\n" + _yaml(data)
+    text = "#cloud-config\n" + _yaml(data)
+    return text + "write_files:\n" + "".join(map(_entry, files)) if files else text
+
+
+@functools.lru_cache(maxsize=4096)
+def _entry(file: File) -> str:
+    """A file in `write_files`; most are the same on many hosts."""
+    data = {"path": file.path}
+    if file.owner != "root":
+        data["owner"] = f"{file.owner}:{file.owner}"
+    data["permissions"] = f"{file.mode:04o}"
+    if not _is_plain(file.content):
+        data["content"] = file.content
+        return _yaml({"write_files": [data]}).partition("\n")[2]
+    head = "".join(f"    {line}\n" for line in _yaml(data).splitlines())
+    # The emitter looks at every character several times; this is what it comes to for ordinary files.
+    body = file.content.replace("\n", "\n      ").rstrip(" ").replace("\n      \n", "\n\n")
+    return f"  - {head[4:]}    content: |\n      {body}"
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text is lines of printable characters, none of them empty but inside, as a block takes them."""
+    return (
+        text.endswith("\n")
+        and not text.endswith("\n\n")
+        and not text[0].isspace()
+        and text.replace("\n", "").isprintable()
+        and " \n" not in text
+    )
 
 
 def _ethernet(interface: Interface) -> dict[str, Any]:
@@ -122,7 +258,9 @@ def _ethernet(interface: Interface) -> dict[str, Any]:
     Default routers as gateway4 and gateway6, though netplan calls them old: cloud-init 22.4 makes ::/64 of a route to
     ::/0, and stops at a route to "default".
     """
-    data: dict[str, Any] = {"match": {"macaddress": interface.mac}, "set-name": interface.name}
+    data: dict[str, Any] = {}
+    if interface.mac is not None:
+        data = {"match": {"macaddress": interface.mac}, "set-name": interface.name}
     for key, value in (
         ("dhcp4", interface.dhcp4),
         ("dhcp6", interface.dhcp6),
@@ -157,7 +295,7 @@ def _string(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _string)
 
 
-def _yaml(data: Mapping[str, Any]) -> str:
+def _yaml(data: Any) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 

@@ -13,21 +13,20 @@ from image import base
 from pipeline import debroot, run
 from pipeline.sandbox import Sandbox
 from pipeline.store import Store
-from provision import host as model
+from provision import cluster as model
 from provision import render
+from provision.host import Host
+from tests.unit.test_provision_cases import ALL, SECRETS, name_of
 
 pytestmark = pytest.mark.build
 
-TOP = Path(__file__).parent.parent.parent
-HOSTS = [
-    *sorted((TOP / "tests/cases/render").glob("*/host.yaml")),
-    *sorted((TOP / "provision/examples").glob("*.yaml")),
-]
 CloudInit = Callable[..., run.Result]
 
 
-def name_of(path: Path) -> str:
-    return path.parent.name if path.name == "host.yaml" else path.stem
+@pytest.fixture(autouse=True)
+def _secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
@@ -47,15 +46,11 @@ def cloud_init(store: Store, toy_root: Path, tmp_path: Path) -> CloudInit:
     return start
 
 
-def test_there_are_hosts() -> None:
-    assert len(HOSTS) >= 7
-
-
-@pytest.mark.parametrize("path", HOSTS, ids=name_of)
+@pytest.mark.parametrize("path", ALL, ids=name_of)
 def test_user_data_is_valid(path: Path, tmp_path: Path, cloud_init: CloudInit) -> None:
-    target = render.render_host(path, tmp_path)
-    result = cloud_init("schema", "--config-file", f"/mnt/{target.name}/seed/user-data")
-    assert "Valid cloud-config" in result.stdout + result.stderr
+    for target in render.render_cluster(path, tmp_path):
+        result = cloud_init("schema", "--config-file", f"/mnt/{target.name}/seed/user-data")
+        assert "Valid cloud-config" in result.stdout + result.stderr
 
 
 def test_the_check_can_fail(tmp_path: Path, cloud_init: CloudInit) -> None:
@@ -76,24 +71,31 @@ def sections(text: str) -> list[tuple[str, dict[str, str]]]:
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in HOSTS if model.load(p).interfaces], ids=name_of)
+@pytest.mark.parametrize("path", ALL, ids=name_of)
 def test_networkd_gets_what_was_asked_for(path: Path, tmp_path: Path, cloud_init: CloudInit) -> None:
-    host = model.load(path)
-    target = render.render_host(path, tmp_path)
-    names = [word for i in host.interfaces for word in ("-m", f"{i.name},{i.mac}")]
-    source = f"/mnt/{target.name}/seed/network-config"
-    cloud_init(*"devel net-convert -k yaml -D debian -O networkd -d /mnt/net".split(), "-p", source, *names)
-    folder = tmp_path / "net/etc/systemd/network"
+    render.render_cluster(path, tmp_path)
+    hosts = [host for host in model.load(path).hosts if host.interfaces]
+    assert hosts
+    for number, host in enumerate(hosts):
+        names = [word for nic in host.interfaces if nic.mac for word in ("-m", f"{nic.name},{nic.mac}")]
+        source, out = f"/mnt/{host.name}/seed/network-config", f"/mnt/net{number}"
+        cloud_init(*f"devel net-convert -k yaml -D debian -O networkd -d {out}".split(), "-p", source, *names)
+        judge(host, tmp_path / f"net{number}/etc/systemd/network")
+
+
+def judge(host: Host, folder: Path) -> None:
+    """Networkd's files say what the host's entry says, and nothing else."""
     assert len(list(folder.iterdir())) == len(host.interfaces)
-    for interface in host.interfaces:
-        got = sections((folder / f"10-cloud-init-{interface.name}.network").read_text(encoding="utf-8"))
-        assert ("Match", {"MACAddress": interface.mac, "Name": interface.name}) in got
-        assert sorted(keys["Address"] for name, keys in got if name == "Address") == sorted(interface.addresses)
+    for nic in host.interfaces:
+        got = sections((folder / f"10-cloud-init-{nic.name}.network").read_text(encoding="utf-8"))
+        match = {"MACAddress": nic.mac, "Name": nic.name} if nic.mac else {"Name": nic.name}
+        assert ("Match", match) in got
+        assert sorted(keys["Address"] for name, keys in got if name == "Address") == sorted(nic.addresses)
         routes = {(keys.get("Destination"), keys["Gateway"]) for name, keys in got if name == "Route"}
-        wanted: set[tuple[str | None, str]] = {(route.to, route.via) for route in interface.routes}
-        wanted |= {(None, router) for router in (interface.gateway4, interface.gateway6) if router}
+        wanted: set[tuple[str | None, str]] = {(route.to, route.via) for route in nic.routes}
+        wanted |= {(None, router) for router in (nic.gateway4, nic.gateway6) if router}
         assert routes == wanted
         dhcp = {(False, False): "no", (True, False): "ipv4", (False, True): "ipv6", (True, True): "yes"}
         network = dict(got)["Network"]
-        assert network["DHCP"] == dhcp[interface.dhcp4, interface.dhcp6]
-        assert dict(got).get("Link", {}).get("MTUBytes") == (str(interface.mtu) if interface.mtu else None)
+        assert network["DHCP"] == dhcp[nic.dhcp4, nic.dhcp6]
+        assert dict(got).get("Link", {}).get("MTUBytes") == (str(nic.mtu) if nic.mtu else None)
