@@ -369,8 +369,8 @@ BAD_OSPF: dict[str, tuple[Change, list[str]]] = {
     "slot beyond the pool": (
         at("directors.1.slot", 3),
         [
-            f"directors[1].slot: 3 is beyond local_addresses.laddr_g1, which has IPv{version} addresses for 2 directors "
-            "of 4 each"
+            f"directors[1].slot: 3 is beyond local_addresses.laddr_g1, which has IPv{version} addresses for "
+            "2 directors of 4 each"
             for version in (4, 6)
         ],
     ),
