@@ -73,7 +73,7 @@ def render(directors: int, services: int, real_servers: int, group: int, out: Pa
         file = folder / "cluster.yaml"
         text = "\n".join(fleet(directors, services, real_servers, group or directors)) + "\n"
         file.write_text(text, encoding="utf-8")
-        argv = [sys.executable, "-m", "invoke", "render", "--cluster", file, "--out", folder / "out"]
+        argv = [sys.executable, "-m", "invoke", "render", "--cluster", str(file), "--out", str(folder / "out")]
         with progress.step(f"rendering {directors} directors, {services} services, {real_servers} real servers"):
             begun = time.monotonic()
             run.run(argv, cwd=settings.TOP, what="rendering the fleet")

@@ -7,8 +7,13 @@ from typing import Any
 
 from pipeline import progress, settings
 from pipeline.cli import command
-from provision import bench
+from provision import apply as applying
+from provision import bench, checking, operations, rollout
+from provision import cluster as clusters
+from provision import inventory as inventories
 from provision import render as rendering
+from provision.checking import Where
+from provision.remote import opener
 
 _CLUSTER = {"cluster": "the cluster file (provision/examples/)"}
 _HOST = {"host": "only this host; may be given several times"}
@@ -36,3 +41,159 @@ def bench_render(
 ) -> None:
     """Measure the rendering of a large fleet: at most 30 s and 1 GiB."""
     print("\n".join(bench.render(directors, services, real_servers, group, Path(json) if json else None)))
+
+
+# --- hosts that run
+
+_REACH = {"ssh_config": "a file for `ssh -F`; without it the user's own"}
+_DRAIN = {"drain": "seconds that connections may take to end"}
+_ROLL = {
+    **_CLUSTER,
+    **_REACH,
+    **_DRAIN,
+    "apply": "roll it out: one host at a time, each checked, and rolled back where it fails",
+}
+
+
+def _where(ssh_config: str, client: str = "") -> Where:
+    return Where(Path(ssh_config) if ssh_config else None, client)
+
+
+@command(iterable=["host"], help={**_CLUSTER, **_HOST, **_REACH})
+def plan(_c: Any, cluster: str, host: Any = (), ssh_config: str = "") -> None:
+    """Show per host what `apply` would change."""
+    found = clusters.load(Path(cluster))
+    print("\n".join(applying.plan(found, host, opener(_where(ssh_config).ssh_config))))
+
+
+@command("dry_run", iterable=["host"], help={**_CLUSTER, **_HOST, **_REACH, **_DRAIN})
+def apply(_c: Any, cluster: str, host: Any = (), ssh_config: str = "", drain: float = 60.0) -> None:
+    """Bring hosts to what the cluster file says, one at a time, each checked; the first failure is rolled back."""
+    print("\n".join(rollout.apply(Path(cluster), host, rollout.Options(True, _where(ssh_config), drain))))
+
+
+@command(
+    iterable=["host"],
+    help={
+        **_CLUSTER,
+        **_HOST,
+        **_REACH,
+        "client": "a host for ssh that plays a client (curl VIP), or local for this machine",
+        "junit": "a file that takes the report as JUnit XML",
+        "json": "a file that takes it as JSON",
+    },
+)
+def check(
+    _c: Any, cluster: str, host: Any = (), ssh_config: str = "", client: str = "", junit: str = "", json: str = ""
+) -> None:
+    """Check running hosts as the operations manual asks (1j), against the cluster file."""
+    files = [Path(name) if name else None for name in (junit, json)]
+    found = clusters.load(Path(cluster), secrets=False)
+    print("\n".join(checking.check(found, host, _where(ssh_config, client), *files)))
+
+
+@command(help={**_CLUSTER, "out": "where `invoke render` writes"})
+def inventory(_c: Any, cluster: str, out: str = "out/hosts") -> None:
+    """Print the hosts as an inventory of Ansible."""
+    print(inventories.inventory(clusters.load(Path(cluster), secrets=False), settings.TOP / out), end="")
+
+
+# --- daily operations (manual, section 4)
+
+_SERVICE = {"service": "its name in the cluster file"}
+_REAL = {**_ROLL, **_SERVICE, "address": "of the real server", "port": "of the real server; 0: the service's first"}
+_VIP = {**_ROLL, **_SERVICE, "vip": "the address"}
+_LOCAL = {
+    **_ROLL,
+    "director": "its name in the cluster file",
+    "address": "the local address",
+    "pool": "the pool, where there are several",
+}
+
+
+@command(
+    "dry_run",
+    name="add-real-server",
+    help={**_REAL, "weight": "its share", "no_toa": "do not ask whether toa is loaded there"},
+)
+def add_real_server(
+    _c: Any,
+    cluster: str,
+    service: str,
+    address: str,
+    port: int = 0,
+    weight: int = 1,
+    apply: bool = False,
+    no_toa: bool = False,
+    ssh_config: str = "",
+    drain: float = 60.0,
+) -> None:
+    """Add a real server to a service (manual 4.1)."""
+    options = rollout.Options(apply, _where(ssh_config), drain)
+    rollout.add_real_server(Path(cluster), service, address, port, weight, options, toa=not no_toa)
+
+
+@command("dry_run", name="remove-real-server", help=_REAL)
+def remove_real_server(
+    _c: Any,
+    cluster: str,
+    service: str,
+    address: str,
+    port: int = 0,
+    apply: bool = False,
+    ssh_config: str = "",
+    drain: float = 300.0,
+) -> None:
+    """Drain a real server (weight 0, wait for its connections), then remove it (manual 4.1)."""
+    options = rollout.Options(apply, _where(ssh_config), drain)
+    rollout.remove_real_server(Path(cluster), service, address, port, options)
+
+
+@command("dry_run", name="add-vip", help=_VIP)
+def add_vip(
+    _c: Any, cluster: str, service: str, vip: str, apply: bool = False, ssh_config: str = "", drain: float = 60.0
+) -> None:
+    """Add a VIP to a service (manual 4.2)."""
+    options = rollout.Options(apply, _where(ssh_config), drain)
+    rollout.perform(Path(cluster), operations.add_vip(service, vip), options)
+
+
+@command("dry_run", name="remove-vip", help=_VIP)
+def remove_vip(
+    _c: Any, cluster: str, service: str, vip: str, apply: bool = False, ssh_config: str = "", drain: float = 60.0
+) -> None:
+    """Remove a VIP from a service, and with its last one the service (manual 4.2)."""
+    options = rollout.Options(apply, _where(ssh_config), drain)
+    rollout.perform(Path(cluster), operations.remove_vip(service, vip), options)
+
+
+@command("dry_run", name="add-local-address", help=_LOCAL)
+def add_local_address(
+    _c: Any,
+    cluster: str,
+    director: str,
+    address: str,
+    pool: str = "",
+    apply: bool = False,
+    ssh_config: str = "",
+    drain: float = 60.0,
+) -> None:
+    """Add a local address to a director (manual 4.3)."""
+    options = rollout.Options(apply, _where(ssh_config), drain)
+    rollout.perform(Path(cluster), operations.add_local_address(Path(cluster), director, address, pool), options)
+
+
+@command("dry_run", name="remove-local-address", help=_LOCAL)
+def remove_local_address(
+    _c: Any,
+    cluster: str,
+    director: str,
+    address: str,
+    pool: str = "",
+    apply: bool = False,
+    ssh_config: str = "",
+    drain: float = 60.0,
+) -> None:
+    """Remove a local address from a director, once its connections have ended (manual 4.3)."""
+    options = rollout.Options(apply, _where(ssh_config), drain)
+    rollout.perform(Path(cluster), operations.remove_local_address(Path(cluster), director, address, pool), options)

@@ -91,3 +91,32 @@ def test_host_conf_is_never_executed(tmp_path: Path) -> None:
     assert not any(mark.exists() for mark in marks)
     assert "set_irq_affinity " not in said.split("--- called")[1]
     assert said.startswith("exit 0")
+
+
+@pytest.mark.runs("bash")
+def test_local_addresses_that_are_not_wanted_any_more_go(tmp_path: Path) -> None:
+    """Those that an earlier run added, and no others."""
+    case = next(c for c in CASES if c.name == "two-nics")
+    play(tmp_path, case)
+    conf = tmp_path / "etc/lvs/host.conf"
+    text = conf.read_text(encoding="ascii")
+
+    def again(addresses: str) -> list[str]:
+        conf.write_text(text + f'LOCAL_ADDRESSES="{addresses}"\n', encoding="ascii")
+        (tmp_path / "calls").unlink()
+        run.run(["bash", SCRIPT], env={"LVS_ROOT": str(tmp_path)})
+        lines = (tmp_path / "calls").read_text(encoding="ascii").splitlines()
+        return sorted(line for line in lines if line.startswith("ip address"))
+
+    assert again("192.168.100.2 192.168.100.9") == [
+        "ip address del 192.168.100.1/32 dev eth1",
+        "ip address del 2001:db8::1/128 dev eth1",
+        "ip address replace 192.168.100.2/32 dev eth1",
+        "ip address replace 192.168.100.9/32 dev eth1",
+    ]
+    assert again("192.168.100.2 192.168.100.9") == [
+        "ip address replace 192.168.100.2/32 dev eth1",
+        "ip address replace 192.168.100.9/32 dev eth1",
+    ]
+    assert again("") == ["ip address del 192.168.100.2/32 dev eth1", "ip address del 192.168.100.9/32 dev eth1"]
+    assert again("") == []

@@ -1,0 +1,391 @@
+"""Bringing a cluster file to hosts that run: what would change, and changing it, one host at a time.
+
+A host is changed in steps that can be undone until its checks have passed: the new files are judged by their daemons'
+own checkers beside the old ones, the old ones are kept, and a timer on the host itself puts them back if we are not
+heard of any more. The first failure stops everything; the host where it happened is rolled back.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import io
+import shlex
+import tarfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline import progress, run
+from pipeline.errors import BuildError
+from provision import secret
+from provision.host import File, Host
+from provision.model import Cluster, Director
+from provision.remote import Opener, Remote
+from provision.render import NETWORK, Renderer
+
+STATE = "/var/lib/lvs/apply"  # on the host: the new files, the old ones, and how to go back
+_UNIT = "lvs-rollback"
+_GRACE = 600  # seconds beyond what a change may take, after which a host goes back by itself
+ROUTING = ("zebra", "ospfd", "ospf6d")
+Gate = Callable[[Sequence[Host]], None]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A file that differs: `old` is what the host has, `new` what it is to have; None is no file."""
+
+    path: str
+    old: File | None
+    new: File | None
+
+    def lines(self) -> list[str]:
+        """It as a diff, without secrets."""
+        old, new = ([] if file is None else _shown(file) for file in (self.old, self.new))
+        found = list(difflib.unified_diff(old, new, f"{self.path} (there)", f"{self.path} (new)", lineterm="", n=2))
+        if not found:
+            if self.old is not None and self.new is not None and self.old.content == self.new.content:
+                before, after = (f"{file.mode:04o} {file.owner}" for file in (self.old, self.new))
+                return [f"{self.path}: {before} becomes {after}"]
+            return [f"{self.path}: changed, in what is not shown"]
+        return found
+
+
+def _shown(file: File) -> list[str]:
+    ours = file.path.startswith(("/etc/keepalived/", "/etc/quagga/"))
+    if not ours and not file.mode & 0o004:
+        return [f"(not for everybody, not shown: mode {file.mode:04o})"]
+    return secret.hide(file.content).splitlines()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What differs on a host."""
+
+    host: Host
+    files: tuple[File, ...]
+    changes: tuple[Change, ...]
+
+    @property
+    def areas(self) -> tuple[str, ...]:
+        """What on the host must hear of it, in the order of `_ACT`."""
+        paths = [change.path for change in self.changes]
+        found = []
+        if NETWORK in paths:
+            found.append("network")
+        if any(path.startswith("/etc/sysctl.d/") for path in paths):
+            found.append("sysctl")
+        if any(path.startswith("/etc/keepalived/") for path in paths):
+            found.append("keepalived")
+        if "/etc/lvs/host.conf" in paths or "network" in found:
+            found.append("rc-local")
+        found += [daemon for daemon in ROUTING if f"/etc/quagga/{daemon}.conf" in paths]
+        return tuple(found)
+
+    def lines(self) -> list[str]:
+        """The diffs of all files."""
+        return [line for change in self.changes for line in change.lines()]
+
+
+# --- plan
+
+
+def plan(cluster: Cluster, names: Sequence[str], connect: Opener) -> list[str]:
+    """Say per host what `apply` would change.
+
+    Returns:
+        The lines to show.
+
+    Raises:
+        BuildError: a host cannot be asked, after all others were; their lines are shown before.
+    """
+    render = Renderer(cluster)
+    failures = []
+    lines = []
+    for host in cluster.chosen(tuple(names)):
+        try:
+            with connect(host) as remote:
+                found = compare(remote, host, render.root_files(host))
+        except BuildError as error:
+            failures.append(error)
+            lines += [f"== {host.name}: not known", f"  {error.message}"]
+            continue
+        if found.changes:
+            lines.append(
+                f"== {host.name}: {len(found.changes)} files differ; concerned: {' '.join(found.areas) or '-'}"
+            )
+            lines += [f"  {line}" for line in found.lines()]
+        else:
+            lines.append(f"== {host.name}: as it should be")
+    if failures:
+        print("\n".join(lines))
+        raise BuildError(f"{len(failures)} of the hosts could not be asked", failures[0].hint)
+    return lines
+
+
+def compare(remote: Remote, host: Host, files: Sequence[File]) -> Plan:
+    """Find out what differs on a host.
+
+    Raises:
+        BuildError: it does not answer, or is another host than the one that is meant.
+    """
+    answer = remote.run("hostname; cat /etc/lvs/files 2>/dev/null || :", what="asking who it is")
+    name, *listed = answer.stdout.split() or [""]
+    if name.split(".")[0] != host.name.split(".")[0]:
+        raise BuildError(
+            f"{host.name}: the host that answers calls itself {name}", "correct `ssh` of this host in the cluster file"
+        )
+    stale = [path for path in listed if path.startswith("/etc/") and "/../" not in path]
+    wanted = {file.path: file for file in files}
+    there = fetch(remote, sorted({*wanted, *stale}))
+    changes = [
+        Change(path, there.get(path), wanted.get(path))
+        for path in sorted({*wanted, *there})
+        if there.get(path) != wanted.get(path)
+    ]
+    return Plan(host, tuple(files), tuple(changes))
+
+
+def fetch(remote: Remote, paths: Iterable[str]) -> dict[str, File]:
+    """Those of a host's files that exist."""
+    words = " ".join(shlex.quote(path) for path in paths)
+    answer = remote.run(
+        f'for file in {words}; do [ ! -f "$file" ] || printf "%s\\n" "${{file#/}}"; done'
+        " | tar -C / -cf - --verbatim-files-from -T - | base64 -w 0",
+        what="reading its files",
+    )
+    found = {}
+    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(answer.stdout))) as archive:
+        for member in archive:
+            body = archive.extractfile(member)
+            if body is not None:
+                content = body.read().decode("utf-8", "surrogateescape")
+                found[f"/{member.name}"] = File(f"/{member.name}", content, member.mode & 0o7777, member.uname)
+    return found
+
+
+# --- apply
+
+
+def apply(
+    cluster: Cluster, names: Sequence[str], connect: Opener, gate: Gate, *, drain: float = 60, dry_run: bool = False
+) -> list[str]:
+    """Bring hosts to what the cluster file says: real servers first, then directors, a master last.
+
+    Args:
+        cluster: the cluster.
+        names: only these hosts; all where empty.
+        connect: opens connections.
+        gate: the checks that a changed host must pass.
+        drain: seconds that connections of a local address that goes may take to end.
+        dry_run: only say what differs.
+
+    Returns:
+        What was done, a line for each host.
+
+    Raises:
+        BuildError: a host failed; it was rolled back, those before it are changed, those after it are not.
+    """
+    if dry_run:
+        return plan(cluster, names, connect)
+    render = Renderer(cluster)
+    lines = []
+    for host in sorted(cluster.chosen(tuple(names)), key=_order):
+        with progress.step(f"applying to {host.name}"), connect(host) as remote:
+            go_back_if_left(remote)
+            found = compare(remote, host, render.root_files(host))
+            if not found.changes:
+                lines.append(f"{host.name}: nothing to do")
+                continue
+            change(remote, found, gate, drain)
+            lines.append(f"{host.name}: {len(found.changes)} files changed, {' '.join(found.areas) or 'no service'}")
+    return lines
+
+
+def _order(host: Host) -> tuple[bool, int]:
+    # Real servers learn of local addresses before these are used; a master serves until its backups are ready.
+    return isinstance(host, Director), host.priority if isinstance(host, Director) else 0
+
+
+def change(remote: Remote, plan: Plan, gate: Gate, drain: float) -> None:
+    """Change a host, or leave it as it was.
+
+    Raises:
+        BuildError: what failed; the host has its old files again and was told so.
+    """
+    paths = [change.path for change in plan.changes]
+    gone, added = local_addresses(plan)
+    remote.run(f"umask 077; mkdir -p {STATE}; chmod 711 {STATE}", what="making room")
+    remote.put(pack(plan.files), f"{STATE}/new.tar")
+    remote.run(_UNPACK, what="the new files' own checkers")
+    remote.run(_keep(paths, plan.areas, int(drain) + _GRACE), what="keeping the old files")
+    try:
+        remote.run(_install([file.path for file in plan.files], [c.path for c in plan.changes if c.new is None]))
+        before = [f"ip address replace {address} dev {device}" for address, device in added]
+        first = [area for area in plan.areas if area in ("network", "sysctl", "keepalived")]
+        remote.run("\n".join([*before, *(_ACT[area] for area in first)]), what=f"changing {' '.join(first)}")
+        if gone and "keepalived" in plan.areas:
+            drained(remote, [address.split("/")[0] for address, _ in gone], drain)
+        rest = [area for area in plan.areas if area not in first]
+        remote.run("\n".join(_ACT[area] for area in rest), what=f"changing {' '.join(rest)}")
+        gate([plan.host])
+    except BuildError as error:
+        back = _back(remote)
+        raise BuildError(error.message, error.hint, [*error.details, back]) from error
+    except BaseException:
+        _back(remote)
+        raise
+    remote.run(_DONE, what="ending the change")
+
+
+def _back(remote: Remote) -> str:
+    try:
+        remote.run(f"/bin/sh {STATE}/rollback\n{_DONE}", what="rolling back")
+    except BuildError as error:
+        return f"{remote.name} was not rolled back ({error.message}); it does so by itself within {_GRACE} s"
+    return f"{remote.name} was rolled back; the hosts after it were not touched; the same command goes on"
+
+
+def go_back_if_left(remote: Remote) -> None:
+    """A change that was cut off (we were killed, the connection broke) is undone before anything else."""
+    remote.run(
+        f"if systemctl is-active --quiet {_UNIT}.timer; then /bin/sh {STATE}/rollback; {_DONE}; fi",
+        what="undoing a change that was cut off",
+    )
+
+
+def local_addresses(plan: Plan) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """The local addresses that go and that come, each with prefix length and the interface."""
+    found: list[dict[str, str]] = []
+    change = next((each for each in plan.changes if each.path == "/etc/lvs/host.conf"), None)
+    for file in (change.old, change.new) if change else (None, None):
+        data = dict(line.split("=", 1) for line in (file.content if file else "").splitlines() if "=" in line)
+        device = data.get("DOWNLINK", "")
+        words = data.get("LOCAL_ADDRESSES", "").strip('"').split()
+        found.append({f"{word}/{128 if ':' in word else 32}": device for word in words})
+    old, new = found
+    return [(a, d) for a, d in old.items() if new.get(a) != d], [(a, d) for a, d in new.items() if old.get(a) != d]
+
+
+def drained(remote: Remote, addresses: Sequence[str], seconds: float) -> None:
+    """Wait until no connection uses a local address that goes; what is left after that is cut."""
+
+    def connections() -> int:
+        rows = [
+            line.split() for line in remote.run("ipvsadm -Gn", what="asking for local addresses").stdout.splitlines()
+        ]
+        return sum(int(row[-1]) for row in rows if len(row) >= 3 and row[0] in addresses and row[-1].isdigit())
+
+    try:
+        run.wait_until(
+            lambda: connections() == 0, deadline=seconds, what="connections of a local address end", hint="-"
+        )
+    except BuildError as error:
+        if not error.message.startswith("connections of"):
+            raise
+        progress.note(
+            f"{remote.name}: {connections()} connections of {', '.join(addresses)} are cut after {seconds:.0f} s"
+        )
+
+
+def pack(files: Sequence[File]) -> bytes:
+    """Files as a tar that only needs to be unpacked."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for file in files:
+            content = file.content.encode("utf-8", "surrogateescape")
+            member = tarfile.TarInfo(file.path.lstrip("/"))
+            member.size, member.mode = len(content), file.mode
+            member.uname = member.gname = file.owner
+            archive.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+# --- what runs on the host: /bin/sh with -eu
+
+# The daemons read as themselves, so that folders are open and the files' own modes count.
+_UNPACK = f"""
+umask 022
+cd {STATE}
+rm -rf new old absent
+mkdir new old
+chmod 700 old
+tar -C new -xpf new.tar
+rm new.tar
+if [ -e new/etc/keepalived/keepalived.conf ]; then
+    keepalived --config-test --use-file {STATE}/new/etc/keepalived/keepalived.conf
+fi
+for daemon in {" ".join(ROUTING)}; do
+    if [ -e new/etc/quagga/$daemon.conf ]; then
+        /usr/sbin/$daemon -C -f {STATE}/new/etc/quagga/$daemon.conf >&2
+    fi
+done
+"""
+
+# Networkd's files are cloud-init's work on the first boot, and here.
+_NETWORK = f"""
+if [ -e {NETWORK} ]; then
+    macs=
+    for nic in /sys/class/net/*; do
+        [ ! -e "$nic/device" ] || macs="$macs -m ${{nic##*/}},$(cat "$nic/address")"
+    done
+    rm -f /etc/systemd/network/10-cloud-init-*
+    cloud-init devel net-convert -p {NETWORK} -k yaml -d / -D debian -O networkd $macs >/dev/null
+    networkctl reload
+    for nic in $(sed -n 's/^  \\([^ ]*\\):$/\\1/p' {NETWORK}); do
+        networkctl reconfigure "$nic"
+    done
+fi
+"""
+
+_ACT: Mapping[str, str] = {
+    "network": _NETWORK,
+    "sysctl": "/lib/systemd/systemd-sysctl\n",
+    "keepalived": "systemctl reload-or-restart keepalived\n",
+    # Adds local addresses that are new, removes those that are gone.
+    "rc-local": "systemctl restart rc-local\n",
+    **{
+        daemon: f"[ -e /etc/quagga/{daemon}.conf ] && verb=restart || verb=stop\nsystemctl $verb {daemon}\n"
+        for daemon in ROUTING
+    },
+}
+
+_DONE = f"systemctl stop {_UNIT}.timer 2>/dev/null || :; systemctl reset-failed {_UNIT} 2>/dev/null || :"
+
+
+def _keep(paths: Sequence[str], areas: Sequence[str], seconds: int) -> str:
+    """Keep what is there, write down how to go back, and have the host do so by itself in a while."""
+    words = " ".join(shlex.quote(path) for path in paths)
+    # Backwards: local addresses first, which keepalived's old file refers to.
+    acts = "".join(_ACT[area] for area in ("network", "sysctl", "rc-local", "keepalived", *ROUTING) if area in areas)
+    rollback = f"cd {STATE}\nxargs -r rm -f <absent\ncp -a old/. /\n/usr/lib/lvsforge/drop-stale-files\nset +e\n{acts}"
+    return f"""
+cd {STATE}
+for file in {words}; do
+    if [ -e "$file" ]; then cp -a --parents "$file" old; else echo "$file"; fi
+done >absent
+cat >rollback <<'END'
+set -eu
+{rollback}
+END
+{_DONE}
+systemd-run --quiet --unit={_UNIT} --on-active={seconds} /bin/sh {STATE}/rollback
+"""
+
+
+def _install(paths: Sequence[str], gone: Sequence[str]) -> str:
+    """Put the new files in place, each whole; then those that are not wanted any more go."""
+    words = " ".join(shlex.quote(path) for path in paths)
+    return f"""
+for file in {words}; do
+    if cmp -s "{STATE}/new$file" "$file"; then
+        chmod --reference="{STATE}/new$file" "$file"
+        chown --reference="{STATE}/new$file" "$file"
+    else
+        mkdir -p "${{file%/*}}"
+        cp -a "{STATE}/new$file" "$file.new"
+        mv "$file.new" "$file"
+    fi
+done
+rm -f {" ".join(shlex.quote(path) for path in gone)}
+/usr/lib/lvsforge/drop-stale-files
+"""

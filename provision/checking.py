@@ -1,0 +1,211 @@
+"""Running the environment checks: over any number of hosts at once, and what they said as a table, JUnit and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import xml.etree.ElementTree
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline import progress, run, settings
+from pipeline.errors import BuildError
+from provision.host import Host
+from provision.model import Cluster
+
+CHECKS = Path(__file__).with_name("checks")
+_SECONDS = 900  # for all checks of all hosts, unless they are very many
+_SECONDS_PER_HOST = 30
+_MOST_AT_ONCE = 32
+_SIGN = {"passed": "✓", "failed": "✗", "skipped": "–"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check said of a host.
+
+    Attributes:
+        host, check: their names.
+        result: passed, failed or skipped.
+        message: why not passed, in one line.
+        seconds: how long it took.
+    """
+
+    host: str
+    check: str
+    result: str
+    message: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Where:
+    """How hosts are reached and who plays the client.
+
+    Attributes:
+        ssh_config: a file for `ssh -F`; None takes the user's own.
+        client: a name for ssh, `local`, or "" for nobody.
+    """
+
+    ssh_config: Path | None = None
+    client: str = ""
+
+
+def check(
+    cluster: Cluster, names: Sequence[str], where: Where, junit: Path | None = None, out: Path | None = None
+) -> list[str]:
+    """Check hosts and say what came of it.
+
+    Args:
+        cluster: the cluster, from which the expected values come.
+        names: only these hosts; all where empty.
+        where: how hosts are reached.
+        junit: takes pytest's report as XML.
+        out: takes the outcomes as JSON.
+
+    Returns:
+        The table's lines, when no check failed.
+
+    Raises:
+        BuildError: a check failed, or none ran; after the table was printed.
+    """
+    hosts = cluster.chosen(tuple(names))
+    outcomes = examine(cluster, hosts, where, junit=junit)
+    if out is not None:
+        out.write_text(json.dumps([asdict(each) for each in outcomes], indent=1) + "\n", encoding="utf-8")
+    lines = table(outcomes)
+    failed = [each for each in outcomes if each.result == "failed"]
+    if failed:
+        print("\n".join(lines))
+        hosts_of = ", ".join(dict.fromkeys(each.host for each in failed))
+        raise BuildError(
+            f"{len(failed)} of {len(outcomes)} checks failed, on {hosts_of}", "read the lines with ✗ above"
+        )
+    return lines
+
+
+def gate(cluster: Cluster, where: Where, seconds: float) -> Callable[[Sequence[Host]], None]:
+    """What `apply` asks of a host that it has changed: all checks but those of traffic, within some time.
+
+    Health checks and routing need a while after a change; whoever is not well when it is over has failed.
+    """
+
+    def judge(hosts: Sequence[Host]) -> None:
+        failed: list[Outcome] = []
+
+        def well() -> bool:
+            failed[:] = [
+                each for each in examine(cluster, hosts, where, expression="not traffic") if each.result == "failed"
+            ]
+            return not failed
+
+        names = ", ".join(host.name for host in hosts)
+        try:
+            run.wait_until(
+                well, deadline=seconds, what=f"the checks of {names} pass", hint=f"invoke check --host {names}"
+            )
+        except BuildError as error:
+            raise BuildError(
+                error.message, error.hint, [f"✗ {each.check}: {each.message}" for each in failed]
+            ) from error
+
+    return judge
+
+
+def examine(
+    cluster: Cluster, hosts: Sequence[Host], where: Where, *, expression: str = "", junit: Path | None = None
+) -> list[Outcome]:
+    """Run the checks in a process of their own.
+
+    Args:
+        cluster, hosts, where: what is checked.
+        expression: pytest's `-m`, or "".
+        junit: a file that takes the report, too.
+
+    Raises:
+        BuildError: they did not run.
+    """
+    with run.temporary_directory("lvsforge-check-") as folder:
+        config, report, log = folder / "ssh_config", folder / "report.xml", folder / "log"
+        config.write_text(ssh_config(hosts, where.ssh_config), encoding="utf-8")
+        argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib"]
+        argv += ["-n", str(min(len(hosts), _MOST_AT_ONCE)), "--dist=loadgroup", f"--ssh-config={config}"]
+        argv += [f"--hosts={','.join(f'ssh://{host.name}' for host in hosts)}", f"--junitxml={report}", str(CHECKS)]
+        argv += ["-m", expression] if expression else []
+        known = {name: os.environ[name] for name in ("SSH_AUTH_SOCK", "USER", "LOGNAME") if name in os.environ}
+        own = {"LVSFORGE_CLUSTER": str(cluster.path.resolve()), "LVSFORGE_SSH": str(config)}
+        with progress.step(f"checking {len(hosts)} hosts"):
+            result = run.run(
+                argv,
+                cwd=settings.TOP,
+                env={**known, **own, "LVSFORGE_CLIENT": where.client, "PYTHONDONTWRITEBYTECODE": "1"},
+                check=False,
+                log=log,
+                timeout=_SECONDS + _SECONDS_PER_HOST * len(hosts),
+                what="checking hosts",
+            )
+        if not report.exists() or result.returncode not in (0, 1):
+            raise BuildError(
+                f"the checks did not run (pytest ended with {result.returncode})",
+                "the same command with --debug",
+                run.tail(log.read_text(encoding="utf-8")),
+            )
+        text = report.read_text(encoding="utf-8")
+        if junit is not None:
+            junit.write_text(text, encoding="utf-8")
+    outcomes = read(text)
+    unheard = [host.name for host in hosts if not any(each.host == host.name for each in outcomes)]
+    if unheard:
+        raise BuildError(f"no check ran on {', '.join(unheard)}", "the same command with --debug")
+    return outcomes
+
+
+def ssh_config(hosts: Sequence[Host], own: Path | None) -> str:
+    """A file for ssh in which the hosts have their names; what it does not say, the user's file says."""
+    text = ""
+    for host in hosts:
+        address, port = host.ssh
+        text += f"Host {host.name}\n    User root\n    BatchMode yes\n"
+        text += f"    HostName {address}\n" if address != host.name else ""
+        text += f"    Port {port}\n" if port else ""
+        text += "    ConnectTimeout 20\n"
+    files = [own.resolve()] if own else [Path("~/.ssh/config"), Path("/etc/ssh/ssh_config")]
+    return text + "Host *\n" + "".join(f"    Include {file}\n" for file in files)
+
+
+def read(junit: str) -> list[Outcome]:
+    """The outcomes in pytest's report, in its order by host."""
+    root = xml.etree.ElementTree.fromstring(junit)  # noqa: S314  pytest wrote it a moment ago
+    found = []
+    for case in root.iter("testcase"):
+        name, _, rest = (case.get("name") or "").partition("[")
+        host = rest.rstrip("]").partition("://")[2].split("-gw")[0]
+        bad = case.find("failure") if case.find("failure") is not None else case.find("error")
+        skipped = case.find("skipped")
+        result = "failed" if bad is not None else "skipped" if skipped is not None else "passed"
+        said = bad if bad is not None else skipped
+        message = "" if said is None else (said.get("message") or said.text or "").strip()
+        title = name.removeprefix("test_").replace("_", " ")
+        found.append(Outcome(host, title, result, _first(message), float(case.get("time") or 0)))
+    return sorted(found, key=lambda each: each.host)
+
+
+def _first(message: str) -> str:
+    """What an assertion says, without Python's part of it."""
+    lines = message.removeprefix("AssertionError: ").splitlines()
+    return lines[0].strip() if lines else ""
+
+
+def table(outcomes: Sequence[Outcome]) -> list[str]:
+    """The outcomes for people: a block for each host."""
+    lines = []
+    for host in dict.fromkeys(each.host for each in outcomes):
+        mine = [each for each in outcomes if each.host == host]
+        counts = {word: sum(each.result == word for each in mine) for word in _SIGN}
+        lines.append(f"{host}: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count))
+        width = max(len(each.check) for each in mine)
+        for each in mine:
+            lines.append(f"  {_SIGN[each.result]} {each.check:{width}}  {each.message}".rstrip())
+    return lines

@@ -1,0 +1,108 @@
+"""What the checks share. `provision.checking` runs them, once for each host of `--hosts`.
+
+`LVSFORGE_CLUSTER` names the cluster file, from which every expected value comes; the secrets are not needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from testinfra.host import Host as Connection
+
+from provision import cluster as clusters
+from provision.host import Host
+from provision.model import Cluster, Director, RealServer, Service
+
+Ask = Callable[[str], str]
+ROLES = ("director", "realserver", "ospf", "vrrp")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the markers."""
+    config.addinivalue_line("markers", "role(name, ...): only hosts and modes to which all of these apply")
+    config.addinivalue_line("markers", "importance(word): high or low, as the manual has it")
+    config.addinivalue_line("markers", "traffic: judges what clients do, which a change does not wait for")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what does not concern a host, and let one process at a time ask one host."""
+    cluster = load()
+    known = {host.name: host for host in cluster.hosts}
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
+    for item in items:
+        host = known[item.callspec.params["_testinfra_host"].partition("://")[2]]  # type: ignore[attr-defined]
+        item.add_marker(pytest.mark.xdist_group(host.name))
+        wanted = {word for mark in item.iter_markers("role") for word in mark.args}
+        (kept if wanted <= {host.role, cluster.mode} else dropped).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)
+
+
+def load() -> Cluster:
+    """The cluster that is checked."""
+    return clusters.load(Path(os.environ["LVSFORGE_CLUSTER"]), secrets=False)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Cluster:
+    return load()
+
+
+@pytest.fixture
+def ask(host: Connection) -> Ask:
+    """Run a shell command on the host and return what it printed; a failing one fails the check with its words."""
+
+    def run(command: str) -> str:
+        result = host.run("sh -c " + shlex.quote(command))
+        assert result.rc == 0, f"{command}: status {result.rc}: {result.stderr.strip() or result.stdout.strip()}"
+        return str(result.stdout).strip()
+
+    return run
+
+
+@pytest.fixture
+def node(host: Connection, cluster: Cluster) -> Host:
+    """The host's entry in the cluster file."""
+    return next(each for each in cluster.hosts if each.name == host.backend.get_hostname())
+
+
+@pytest.fixture
+def director(node: Host) -> Director:
+    assert isinstance(node, Director)
+    return node
+
+
+@pytest.fixture
+def realserver(node: Host) -> RealServer:
+    assert isinstance(node, RealServer)
+    return node
+
+
+@pytest.fixture
+def services(director: Director, cluster: Cluster) -> tuple[Service, ...]:
+    """What the director serves."""
+    return cluster.services_of(director)
+
+
+@pytest.fixture
+def addresses(ask: Ask) -> dict[str, set[str]]:
+    """The addresses on each interface, with prefix length."""
+    found: dict[str, set[str]] = {}
+    for link in parsed(ask("ip -j address show")):
+        found[link["ifname"]] = {
+            f"{each['local']}/{each['prefixlen']}" for each in link["addr_info"] if each.get("scope") != "link"
+        }
+    return found
+
+
+def parsed(text: str) -> Any:
+    """JSON; iproute2 prints nothing for an empty list."""
+    return json.loads(text or "[]")

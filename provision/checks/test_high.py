@@ -1,0 +1,266 @@
+"""Importance high: after every deployment and every operation (manual 1j, i)."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from testinfra.host import Host as Connection
+
+from provision import ipvs
+from provision.checks.conftest import Ask, parsed
+from provision.model import Cluster, Director, Service
+
+pytestmark = pytest.mark.importance("high")
+
+# --- 命令 ip addr list: VIPs and local addresses
+
+
+def vips_of(services: tuple[Service, ...]) -> set[str]:
+    return {f"{vip}/{vip.max_prefixlen}" for service in services for vip in service.vips}
+
+
+@pytest.mark.role("director", "ospf")
+def test_vips_are_on_lo(addresses: dict[str, set[str]], services: tuple[Service, ...], director: Director) -> None:
+    """Every VIP whose service has its quorum; this director's checks say which."""
+    bound = addresses["lo"] - {"127.0.0.1/8", "::1/128"}
+    wanted = vips_of(services)
+    assert not wanted - bound, f"not on lo: {', '.join(sorted(wanted - bound))}"
+    assert not bound - wanted, f"on lo, in no service: {', '.join(sorted(bound - wanted))}"
+
+
+@pytest.mark.role("director", "vrrp")
+def test_vips_are_where_the_master_is(
+    addresses: dict[str, set[str]], services: tuple[Service, ...], director: Director, cluster: Cluster
+) -> None:
+    """All VIPs of an instance or none, on its interface and nowhere else."""
+    for instance in cluster.instances:
+        device = director.uplink if instance.interface == "uplink" else director.downlink
+        wanted = vips_of(tuple(each for each in services if each.instance == instance.name))
+        here = {name: bound & wanted for name, bound in addresses.items() if bound & wanted}
+        assert here in ({}, {device: wanted}), (
+            f"{instance.name}: {here}, and {device} is to have all of {wanted} or none"
+        )
+
+
+@pytest.mark.role("director")
+def test_local_addresses_are_on_the_downlink(addresses: dict[str, set[str]], director: Director) -> None:
+    wanted = {f"{address}/{address.max_prefixlen}" for address in director.all_local_addresses}
+    bound = addresses.get(director.downlink, set())
+    assert not wanted - bound, f"not on {director.downlink}: {', '.join(sorted(wanted - bound))}"
+    elsewhere = {name: sorted(wanted & found) for name, found in addresses.items() if name != director.downlink}
+    assert not any(elsewhere.values()), f"local addresses on other interfaces: {elsewhere}"
+    own = {str(text) for nic in director.interfaces for text in nic.addresses}
+    hosts = {text for text in bound if text.endswith(("/32", "/128"))}
+    assert not hosts - wanted - own - vips_everywhere(director, hosts), (
+        f"on {director.downlink}, in no pool: {', '.join(sorted(hosts - wanted - own))}"
+    )
+
+
+def vips_everywhere(director: Director, hosts: set[str]) -> set[str]:
+    """On one arm, or with an instance on the downlink, the master's VIPs are there too; another check is about them."""
+    return hosts if director.mode == "vrrp" else set()
+
+
+# --- 命令 ipvsadm -ln: services, real servers, weights, traffic
+
+
+@pytest.fixture
+def table(ask: Ask) -> ipvs.Table:
+    return ipvs.read(ask("ipvsadm -Ln"), ask("ipvsadm -Ln --stats --exact"))
+
+
+@pytest.mark.role("director")
+def test_services_are_in_the_kernel(table: ipvs.Table, services: tuple[Service, ...]) -> None:
+    wanted = ipvs.wanted(services)
+    assert not wanted.keys() - table.rows.keys(), f"missing: {', '.join(sorted(wanted.keys() - table.rows.keys()))}"
+    assert not table.rows.keys() - wanted.keys(), f"not wanted: {', '.join(sorted(table.rows.keys() - wanted.keys()))}"
+    for key, service in wanted.items():
+        assert table.schedulers[key] == service.scheduler, f"{key}: scheduler {table.schedulers[key]}"
+        assert ("synproxy" in table.flags[key]) == service.syn_proxy, f"{key}: flags {table.flags[key]!r}"
+
+
+@pytest.mark.role("director")
+def test_real_servers_are_healthy_and_weighted(table: ipvs.Table, services: tuple[Service, ...]) -> None:
+    wrong = []
+    for key, service in ipvs.wanted(services).items():
+        version = 6 if "[" in key else 4
+        weights = {
+            ipvs.point(each.address, each.port): each.weight
+            for each in service.real_servers
+            if each.address.version == version
+        }
+        rows = table.rows.get(key, {})
+        wrong += [f"{key}: {name} is missing (down?)" for name in weights.keys() - rows.keys()]
+        wrong += [f"{key}: {name} is not wanted" for name in rows.keys() - weights.keys()]
+        for name in weights.keys() & rows.keys():
+            row = rows[name]
+            if row.weight != weights[name]:
+                wrong.append(
+                    f"{key}: {name} has weight {row.weight} for {weights[name]}" + " (down?)" * (not row.weight)
+                )
+            if row.method != ipvs.METHODS[service.forwarding]:
+                wrong.append(f"{key}: {name} is reached by {row.method}, not {service.forwarding}")
+    assert not wrong, "; ".join(sorted(wrong))
+
+
+@pytest.mark.role("director")
+def test_services_have_their_local_addresses(ask: Ask, services: tuple[Service, ...], director: Director) -> None:
+    """命令 ipvsadm -G (4.3)."""
+    if not any(service.pool for service in services):
+        pytest.skip("no service forwards by FNAT")
+    got = ipvs.local_addresses(ask("ipvsadm -Gn"))
+    for key, service in ipvs.wanted(services).items():
+        if service.pool:
+            name, version = key.split()[1], 6 if "[" in key else 4
+            wanted = ipvs.shares(director, service, version)
+            assert got.get(name, set()) == wanted, f"{key}: {sorted(got.get(name, set()))}, not {sorted(wanted)}"
+
+
+# Sessions of a service from which its spread can be judged, and how far a real server may be from its share of them.
+ENOUGH = 200
+TOLERANCE = 0.25
+# The others send by address, by load, or to the first: an even spread is not their aim.
+EVEN = frozenset({"rr", "wrr"})
+
+
+@pytest.mark.traffic
+@pytest.mark.role("director")
+def test_sessions_are_spread_evenly(table: ipvs.Table, services: tuple[Service, ...]) -> None:
+    judged, wrong = 0, []
+    for key, service in ipvs.wanted(services).items():
+        rows = {name: row for name, row in table.rows.get(key, {}).items() if row.weight}
+        total = sum(row.total for row in rows.values())
+        if service.scheduler not in EVEN or service.persistence_timeout or len(rows) < 2 or total < ENOUGH:
+            continue
+        judged += 1
+        # rr does not look at weights
+        parts = {name: 1 if service.scheduler == "rr" else row.weight for name, row in rows.items()}
+        for name, row in rows.items():
+            share = total * parts[name] / sum(parts.values())
+            if abs(row.total - share) > TOLERANCE * share:
+                wrong.append(f"{key}: {name} had {row.total} of {total} sessions, its share is {share:.0f}")
+    assert not wrong, "; ".join(wrong)
+    if not judged:
+        pytest.skip(f"no service with scheduler rr or wrr, two real servers and {ENOUGH} sessions yet")
+
+
+# --- 命令 ps aux | grep keepalived
+
+
+@pytest.mark.role("director")
+def test_keepalived_has_its_processes(ask: Ask, cluster: Cluster, services: tuple[Service, ...]) -> None:
+    """The parent, its health checker, and in mode vrrp the VRRP speaker; each once."""
+    wanted = 1 + bool(services) + (cluster.mode == "vrrp")
+    lines = ask("ps -o pid=,ppid=,args= -C keepalived || :").splitlines()
+    assert len(lines) == wanted, f"{len(lines)} processes of keepalived, {wanted} are right: {lines}"
+    parents = [line.split()[0] for line in lines if line.split()[1] == "1"]
+    assert len(parents) == 1, f"{len(parents)} keepalived started by init: {lines}"
+
+
+# --- 命令 tcpdump -i any -nnn | grep OSPF
+
+
+@pytest.mark.role("director", "ospf")
+def test_ospf_says_and_hears_hellos(ask: Ask, director: Director, cluster: Cluster) -> None:
+    assert cluster.ospf is not None
+    seconds = cluster.ospf.hello_interval * 2 + 2
+    dump = ask(f"timeout {seconds} tcpdump -i {director.uplink} -nn -l proto 89 2>/dev/null || [ $? = 124 ]")
+    senders = set(re.findall(r"IP6? (\S+) > \S+: OSPFv[23], Hello", dump))
+    own = {str(address) for address in director.own_addresses} | {s for s in senders if s.startswith("fe80:")}
+    assert senders & own, f"no hello of this host on {director.uplink} in {seconds} s"
+    assert senders - {str(address) for address in director.own_addresses}, (
+        f"no hello of a neighbour on {director.uplink} in {seconds} s"
+    )
+
+
+@pytest.mark.role("director", "ospf")
+def test_ospf_neighbours_are_full(ask: Ask, director: Director, cluster: Cluster) -> None:
+    """With a router, that is: two directors on one link that are neither DR nor BDR stay at 2-Way, as they should."""
+    data = parsed(ask("vtysh -d ospfd -c 'show ip ospf neighbor json'"))
+    states = {
+        name: [each.get("nbrState") or each.get("state") for each in found] for name, found in data["neighbors"].items()
+    }
+    flat = [str(state) for found in states.values() for state in found]
+    assert any(state.startswith("Full") for state in flat), f"no neighbour is Full: {states}"
+    wrong = {
+        name: found for name, found in states.items() if not all(re.match("Full|2-Way/DROther", str(s)) for s in found)
+    }
+    assert not wrong, f"neighbours on their way: {wrong}"
+
+
+# --- 命令 route -n
+
+
+@pytest.mark.role("director", "ospf")
+def test_routes_of_ospf_are_there(ask: Ask, director: Director, cluster: Cluster) -> None:
+    """A totally stubby area gets a default route and nothing else; every other at least one route."""
+    assert cluster.ospf is not None
+    routes = parsed(ask("ip -j route show proto ospf"))
+    wanted = [r for r in routes if r["dst"] == "default"] if cluster.ospf.stub else routes
+    assert wanted, f"no {'default route' if cluster.ospf.stub else 'route'} by OSPF: {[r['dst'] for r in routes]}"
+    devices = {hop.get("dev") for r in wanted for hop in r.get("nexthops", [r])}
+    assert devices == {director.uplink}, f"OSPF's routes leave by {devices}, not by {director.uplink}"
+
+
+@pytest.mark.role("director")
+def test_routes_of_the_cluster_file_are_there(ask: Ask, director: Director) -> None:
+    got = {
+        (route["dst"], hop.get("gateway"), hop.get("dev", route.get("dev")))
+        for family in ("-4", "-6")
+        for route in parsed(ask(f"ip {family} -j route show"))
+        for hop in route.get("nexthops", [route])
+    }
+    for nic in director.interfaces:
+        wanted = [(route.to.removesuffix("/32").removesuffix("/128"), route.via) for route in nic.routes]
+        # OSPF's default route, which is better, may have taken the place of the one from the file.
+        wanted += [("default", via) for via in (nic.gateway4, nic.gateway6) if via and director.mode == "vrrp"]
+        for to, via in wanted:
+            assert (to, via, nic.name) in got, f"no route to {to} by {via} on {nic.name}"
+
+
+# --- 命令 tail -n 1000 /var/log/message: keepalived's log since it was last started
+
+WRONG = re.compile(
+    r"segfault|exited with permanent error|exited due to|died|Unknown keyword|\(Line \d+\)|"
+    r"IPVS.*(?:error|[Ff]ail|not )|Unable to|[Cc]an't|cannot|No such|Permission denied|Netlink: error|"
+    r"unexpected|bogus|wrong|mismatch|invalid"
+)
+STARTED = "Starting Keepalived"
+
+
+@pytest.mark.role("director")
+def test_keepalived_has_nothing_to_complain_about(ask: Ask) -> None:
+    lines = ask("tail -n 1000 /var/log/messages | grep -a -i keepalived || :").splitlines()
+    starts = [number for number, line in enumerate(lines) if STARTED in line]
+    wrong = [line for line in lines[starts[-1] if starts else 0 :] if WRONG.search(line)]
+    assert not wrong, f"{len(wrong)} lines, the last: {wrong[-1]}"
+
+
+# --- what the above stands on
+
+
+@pytest.mark.role("director")
+def test_services_of_the_host_run(ask: Ask, cluster: Cluster) -> None:
+    units = ["keepalived", *(["zebra", "ospfd"] if cluster.mode == "ospf" else [])]
+    if any(prefix.version == 6 for prefix in cluster.vip_prefixes) and cluster.mode == "ospf":
+        units.append("ospf6d")
+    states = dict(zip(units, ask(f"systemctl is-active {' '.join(units)} || :").split(), strict=True))
+    assert set(states.values()) == {"active"}, f"{states}"
+
+
+def test_kernel_settings_are_in_force(host: Connection, node: object, ask: Ask) -> None:
+    """1c, 2c; on a real server whom TOA trusts."""
+    wanted = dict(getattr(node, "kernel_settings"))  # noqa: B009  every host has them
+    for key, value in wanted.items():
+        got = " ".join(ask(f"sysctl -n {key}").split())
+        if key == "net.toa.trusted":
+            assert set(re.split(r"[,\s]+", got)) == set(value.split(",")), f"{key} is {got}"
+        else:
+            assert got == " ".join(value.split()), f"{key} is {got}, not {value}"
+
+
+@pytest.mark.role("realserver")
+def test_toa_is_there(ask: Ask) -> None:
+    """3b: the module, or on another kernel the programs."""
+    assert ask("[ -e /proc/net/toa_stats ] || systemctl is-active toa-bpf >/dev/null; echo yes") == "yes"

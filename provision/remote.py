@@ -1,0 +1,152 @@
+"""A host over ssh: scripts and files, through one connection of fabric's, which starts no process here."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import paramiko
+from fabric import Config, Connection
+
+from pipeline import progress, run
+from pipeline.errors import BuildError
+from provision.host import Host
+
+_CONNECT_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a script left: its exit status and what it printed."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+class Remote(Protocol):
+    """A host that scripts can be run on."""
+
+    name: str
+
+    def run(self, script: str, *, check: bool = True, what: str = "") -> Answer:
+        """Run a script of /bin/sh, which stops at its first failing command.
+
+        Args:
+            script: its text; never on a command line, so that nobody sees it among the processes.
+            check: raise when its exit status is not 0.
+            what: what was being done, for the error.
+
+        Raises:
+            BuildError: it failed (with `check`), or the connection did.
+        """
+
+    def put(self, data: bytes, path: str) -> None:
+        """Write a file that only root may read.
+
+        Raises:
+            BuildError: it could not be written.
+        """
+
+
+Opener = Callable[[Host], contextlib.AbstractContextManager[Remote]]
+
+
+class Shell:
+    """A `Remote` over ssh."""
+
+    def __init__(self, name: str, connection: Any) -> None:
+        self.name = name
+        self._connection = connection
+
+    def run(self, script: str, *, check: bool = True, what: str = "") -> Answer:
+        progress.debug(f"{self.name}: + {script}")
+        try:
+            result = self._connection.run(
+                "LC_ALL=C exec /bin/sh -eu",
+                # In braces, so that the shell has read all of it before a command can read from the same place.
+                in_stream=io.StringIO(f"{{\n{script}\n}} </dev/null\n"),
+                hide=True,
+                warn=True,
+                pty=False,
+                encoding="utf-8",
+            )
+        except (OSError, EOFError, paramiko.SSHException) as error:
+            raise _lost(self.name, error) from None
+        answer = Answer(result.exited, result.stdout, result.stderr)
+        if check and answer.status != 0:
+            raise BuildError(
+                f"{self.name}: {what or 'a script'} failed with exit status {answer.status}",
+                f"ssh root@{self.name}   (and look)",
+                run.tail(answer.stderr or answer.stdout),
+            )
+        return answer
+
+    def put(self, data: bytes, path: str) -> None:
+        try:
+            sftp = self._connection.sftp()
+            with sftp.open(path, "wb") as file:
+                file.chmod(0o600)
+                file.set_pipelined(True)
+                file.write(data)
+        except (OSError, EOFError, paramiko.SSHException) as error:
+            raise BuildError(
+                f"{self.name}:{path} could not be written: {error}", f"ssh root@{self.name} df -h {Path(path).parent}"
+            ) from None
+
+
+def opener(ssh_config: Path | None) -> Opener:
+    """What opens connections.
+
+    Args:
+        ssh_config: a file for `ssh -F`; None takes the user's and the system's own.
+    """
+
+    @contextlib.contextmanager
+    def connect(host: Host) -> Iterator[Remote]:
+        address, port = host.ssh
+        config = Config(runtime_ssh_path=str(ssh_config)) if ssh_config else Config()
+        connection = Connection(
+            address, user="root", port=port or None, config=config, connect_timeout=_CONNECT_SECONDS
+        )
+        try:
+            _judge_host_keys(connection, address)
+            connection.open()
+        except (OSError, EOFError, paramiko.SSHException, socket.gaierror) as error:
+            connection.close()
+            raise _lost(host.name, error) from None
+        try:
+            yield Shell(host.name, connection)
+        finally:
+            connection.close()
+
+    return connect
+
+
+def _judge_host_keys(connection: Any, address: str) -> None:
+    """Hold host keys against known_hosts as ssh does; fabric by itself believes every host."""
+    options = connection.ssh_config
+    strict = str(options.get("stricthostkeychecking", "ask")).lower()
+    for name in str(options.get("userknownhostsfile", "~/.ssh/known_hosts")).split():
+        path = Path(name).expanduser()
+        if path.is_file():
+            connection.client.load_host_keys(str(path))
+    connection.client.load_system_host_keys()
+    if strict in ("no", "off", "accept-new"):
+        # The user's own ssh would take it, too.
+        connection.client.set_missing_host_key_policy(paramiko.AutoAddPolicy())
+    else:
+        connection.client.set_missing_host_key_policy(paramiko.RejectPolicy())
+    progress.debug(f"{address}: host keys: {strict}")
+
+
+def _lost(name: str, error: BaseException) -> BuildError:
+    said = str(error) or type(error).__name__
+    if "not found in known_hosts" in said:
+        return BuildError(f"{name}: its host key is not known", f"ssh root@{name}   (and compare the key)")
+    return BuildError(f"{name}: no connection: {said}", f"ssh root@{name}   (does it answer?)")

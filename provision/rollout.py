@@ -1,0 +1,138 @@
+"""Daily operations from beginning to end: what must hold before, the edit, its difference, and rolling it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline import progress, settings
+from pipeline.errors import BuildError
+from provision import apply as applying
+from provision import checking
+from provision import cluster as clusters
+from provision import operations as ops
+from provision.checking import Where
+from provision.model import Cluster
+from provision.remote import Opener, opener
+
+GATE_SECONDS = 300.0  # a health check's round, OSPF's dead interval and a slow host, several times over
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to roll out.
+
+    Attributes:
+        apply: whether to.
+        where: how hosts are reached.
+        drain: seconds that connections may take to end.
+        connect: what opens connections; ssh where it is None.
+        gate: the checks of a changed host; all but those of traffic where it is None.
+    """
+
+    apply: bool = False
+    where: Where = field(default_factory=Where)
+    drain: float = 300.0
+    connect: Opener | None = None
+    gate: Callable[[Cluster], applying.Gate] | None = None
+
+    @property
+    def open(self) -> Opener:
+        """What opens connections."""
+        return self.connect or opener(self.where.ssh_config)
+
+
+def apply(path: Path, names: Sequence[str], options: Options) -> list[str]:
+    """Bring hosts to what a cluster file says.
+
+    Raises:
+        BuildError: as `provision.apply.apply`.
+    """
+    with ops.alone(path):
+        return _apply(clusters.load(path), names, options)
+
+
+def _apply(cluster: Cluster, names: Sequence[str], options: Options) -> list[str]:
+    gate = options.gate(cluster) if options.gate else checking.gate(cluster, options.where, GATE_SECONDS)
+    dry = settings.current.dry_run
+    return applying.apply(cluster, names, options.open, gate, drain=options.drain, dry_run=dry)
+
+
+def perform(path: Path, change: ops.Change, options: Options, before: Callable[[ops.Edit], None] | None = None) -> None:
+    """Edit a cluster file, show the difference, and roll it out if that is asked for.
+
+    Args:
+        path: the file.
+        change: the edit.
+        options: how to roll out.
+        before: what must hold on the hosts first; asked only when the edit is rolled out.
+
+    Raises:
+        BuildError: the edit is wrong (nothing was touched), or rolling out failed: the file keeps the edit, and
+            `invoke apply` goes on.
+    """
+    with ops.alone(path):
+        _perform(path, change, options, before)
+
+
+def _perform(
+    path: Path, change: ops.Change, options: Options, before: Callable[[ops.Edit], None] | None = None
+) -> None:
+    edit = ops.edit(path, change)
+    print("\n".join(edit.lines) or f"{path}: as it should be")
+    if settings.current.dry_run:
+        return
+    if options.apply:
+        # Secrets too, before anything is written: the roll-out needs them.
+        clusters.parse(edit.after, path)
+        if before is not None:
+            with progress.step("looking before the change"):
+                before(edit)
+    if edit.after != edit.before:
+        edit.write()
+    if not options.apply:
+        progress.note(
+            f"{path} is changed, no host is: invoke plan --cluster {path}, then invoke apply --cluster {path}"
+        )
+        return
+    try:
+        lines = _apply(clusters.load(path), (), options)
+    except BuildError as error:
+        details = [*error.details, f"{path} keeps the change; invoke apply --cluster {path} goes on"]
+        raise BuildError(error.message, error.hint, details) from error
+    print("\n".join(lines))
+
+
+def add_real_server(
+    path: Path, service: str, address: str, port: int, weight: int, options: Options, *, toa: bool = True
+) -> None:
+    """4.1: the port answers and toa is there, then all directors get it."""
+
+    def before(edit: ops.Edit) -> None:
+        found = next(each for each in edit.cluster.services if each.name == service)
+        ops.answers(edit.cluster, service, address, port or found.ports[0], options.open)
+        if toa and found.forwarding == "FNAT":
+            ops.has_toa(edit.cluster, address, options.open)
+
+    perform(path, ops.add_real_server(service, address, port, weight), options, before)
+
+
+def remove_real_server(path: Path, service: str, address: str, port: int, options: Options) -> None:
+    """4.1: weight 0 first, then wait for its connections, then it goes. Without rolling out: one step at a time."""
+    with ops.alone(path):
+        drain = ops.edit(path, ops.drain_real_server(service, address, port))
+        first = drain.after != drain.before
+        if first or options.apply:
+            _perform(path, ops.drain_real_server(service, address, port), options)
+        if settings.current.dry_run:
+            return
+        if not options.apply and first:
+            progress.note("when it has no connections any more (ipvsadm -Ln): the same command again removes it")
+            return
+        if options.apply:
+            with progress.step(f"waiting for the connections of {address}"):
+                cluster = clusters.load(path)
+                if options.drain > 0:
+                    ops.drained(cluster, service, address, port, options.open, options.drain)
+        _perform(path, ops.remove_real_server(service, address, port), options)
