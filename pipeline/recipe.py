@@ -12,7 +12,6 @@ import yaml
 
 from pipeline.errors import BuildError, Problems
 
-
 # libyaml's where PyYAML was built with it: eight times as fast, which a large cluster file needs.
 if TYPE_CHECKING:
     _Loader = yaml.SafeLoader

@@ -40,14 +40,13 @@ class Change:
 
     def lines(self) -> list[str]:
         """It as a diff, without secrets."""
+        if self.old is not None and self.new is not None and self.old.content == self.new.content:
+            before, after = (f"{file.mode:04o} {file.owner}" for file in (self.old, self.new))
+            return [f"{self.path}: {before} becomes {after}"]
         old, new = ([] if file is None else _shown(file) for file in (self.old, self.new))
         found = list(difflib.unified_diff(old, new, f"{self.path} (there)", f"{self.path} (new)", lineterm="", n=2))
-        if not found:
-            if self.old is not None and self.new is not None and self.old.content == self.new.content:
-                before, after = (f"{file.mode:04o} {file.owner}" for file in (self.old, self.new))
-                return [f"{self.path}: {before} becomes {after}"]
-            return [f"{self.path}: changed, in what is not shown"]
-        return found
+        # A secret that is another one leaves no difference to be seen.
+        return found or [f"{self.path}: changed, in what is not shown"]
 
 
 def _shown(file: File) -> list[str]:
@@ -229,20 +228,21 @@ def change(remote: Remote, plan: Plan, gate: Gate, drain: float) -> None:
         remote.run("\n".join(_ACT[area] for area in rest), what=f"changing {' '.join(rest)}")
         gate([plan.host])
     except BuildError as error:
-        back = _back(remote)
-        raise BuildError(error.message, error.hint, [*error.details, back]) from error
+        raise BuildError(error.message, error.hint, [*error.details, *_back(remote)]) from error
     except BaseException:
         _back(remote)
         raise
     remote.run(_DONE, what="ending the change")
 
 
-def _back(remote: Remote) -> str:
+def _back(remote: Remote) -> list[str]:
+    """Roll a host back; returns how that went, for the error."""
     try:
-        remote.run(f"/bin/sh {STATE}/rollback\n{_DONE}", what="rolling back")
+        answer = remote.run(f"/bin/sh {STATE}/rollback\n{_DONE}", what="rolling back")
     except BuildError as error:
-        return f"{remote.name} was not rolled back ({error.message}); it does so by itself within {_GRACE} s"
-    return f"{remote.name} was rolled back; the hosts after it were not touched; the same command goes on"
+        return [f"{remote.name} was not rolled back ({error.message}); it does so by itself within {_GRACE} s"]
+    back = f"{remote.name} was rolled back; the hosts after it were not touched; the same command goes on"
+    return [*(f"rolling back: {line}" for line in run.tail(answer.stderr)), back]
 
 
 def go_back_if_left(remote: Remote) -> None:
@@ -355,13 +355,17 @@ _DONE = f"systemctl stop {_UNIT}.timer 2>/dev/null || :; systemctl reset-failed 
 def _keep(paths: Sequence[str], areas: Sequence[str], seconds: int) -> str:
     """Keep what is there, write down how to go back, and have the host do so by itself in a while."""
     words = " ".join(shlex.quote(path) for path in paths)
-    # Backwards: local addresses first, which keepalived's old file refers to.
+    # Local addresses first, which keepalived's old file refers to. With the old files in place each service is told,
+    # even if another one fails; what it says is shown.
     acts = "".join(_ACT[area] for area in ("network", "sysctl", "rc-local", "keepalived", *ROUTING) if area in areas)
-    rollback = f"cd {STATE}\nxargs -r rm -f <absent\ncp -a old/. /\n/usr/lib/lvsforge/drop-stale-files\nset +e\n{acts}"
+    rollback = (
+        f"cd {STATE}\nxargs -r rm -f <absent\ncp -a old/. /\n/usr/lib/lvsforge/drop-stale-files\nset +e\n{acts}exit 0"
+    )
     return f"""
 cd {STATE}
 for file in {words}; do
-    if [ -e "$file" ]; then cp -a --parents "$file" old; else echo "$file"; fi
+    # From /, as Debian 12's cp looks for the parents of an absolute path where it stands.
+    if [ -e "$file" ]; then (cd / && cp -a --parents "${{file#/}}" {STATE}/old); else echo "$file"; fi
 done >absent
 cat >rollback <<'END'
 set -eu

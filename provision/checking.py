@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import xml.etree.ElementTree
 from collections.abc import Callable, Sequence
@@ -181,7 +182,7 @@ def read(junit: str) -> list[Outcome]:
     found = []
     for case in root.iter("testcase"):
         name, _, rest = (case.get("name") or "").partition("[")
-        host = rest.rstrip("]").partition("://")[2].split("-gw")[0]
+        host = rest.partition("://")[2].partition("]")[0]  # xdist adds the group's name behind
         bad = case.find("failure") if case.find("failure") is not None else case.find("error")
         skipped = case.find("skipped")
         result = "failed" if bad is not None else "skipped" if skipped is not None else "passed"
@@ -192,10 +193,16 @@ def read(junit: str) -> list[Outcome]:
     return sorted(found, key=lambda each: each.host)
 
 
+# What pytest and Python put around what a check says.
+_AROUND = re.compile(r'^(failed on setup with "|Failed: |AssertionError: |E\s+)+')
+
+
 def _first(message: str) -> str:
-    """What an assertion says, without Python's part of it."""
-    lines = message.removeprefix("AssertionError: ").splitlines()
-    return lines[0].strip() if lines else ""
+    """What a check says, in one line."""
+    line = next(iter(message.strip().splitlines()), "")
+    found = _AROUND.match(line)
+    text = line[found.end() :] if found else line
+    return text.removesuffix('"').strip() if found and "setup with" in found[0] else text.strip()
 
 
 def table(outcomes: Sequence[Outcome]) -> list[str]:
@@ -205,6 +212,10 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
         mine = [each for each in outcomes if each.host == host]
         counts = {word: sum(each.result == word for each in mine) for word in _SIGN}
         lines.append(f"{host}: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count))
+        if len({each.message for each in mine if each.result != "skipped"}) == 1 and counts["failed"] > 1:
+            # It does not answer: once is enough.
+            lines.append(f"  {_SIGN['failed']} {next(each.message for each in mine if each.result == 'failed')}")
+            continue
         width = max(len(each.check) for each in mine)
         for each in mine:
             lines.append(f"  {_SIGN[each.result]} {each.check:{width}}  {each.message}".rstrip())

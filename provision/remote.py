@@ -69,8 +69,7 @@ class Shell:
         try:
             result = self._connection.run(
                 "LC_ALL=C exec /bin/sh -eu",
-                # In braces, so that the shell has read all of it before a command can read from the same place.
-                in_stream=io.StringIO(f"{{\n{script}\n}} </dev/null\n"),
+                in_stream=io.StringIO(braced(script)),
                 hide=True,
                 warn=True,
                 pty=False,
@@ -98,6 +97,11 @@ class Shell:
             raise BuildError(
                 f"{self.name}:{path} could not be written: {error}", f"ssh root@{self.name} df -h {Path(path).parent}"
             ) from None
+
+
+def braced(script: str) -> str:
+    """A script for the shell's standard input: read whole before any of its commands can read from there."""
+    return f"{{ :\n{script}\n}} </dev/null\n"
 
 
 def opener(ssh_config: Path | None) -> Opener:

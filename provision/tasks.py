@@ -40,7 +40,7 @@ def bench_render(
     _c: Any, directors: int = 500, services: int = 2000, real_servers: int = 50000, group: int = 10, json: str = ""
 ) -> None:
     """Measure the rendering of a large fleet: at most 30 s and 1 GiB."""
-    print("\n".join(bench.render(directors, services, real_servers, group, Path(json) if json else None)))
+    print("\n".join(bench.render(directors, services, real_servers, group, _file(json))))
 
 
 # --- hosts that run
@@ -55,8 +55,12 @@ _ROLL = {
 }
 
 
+def _file(name: str) -> Path | None:
+    return Path(name) if name else None
+
+
 def _where(ssh_config: str, client: str = "") -> Where:
-    return Where(Path(ssh_config) if ssh_config else None, client)
+    return Where(_file(ssh_config), client)
 
 
 @command(iterable=["host"], help={**_CLUSTER, **_HOST, **_REACH})
@@ -87,9 +91,8 @@ def check(
     _c: Any, cluster: str, host: Any = (), ssh_config: str = "", client: str = "", junit: str = "", json: str = ""
 ) -> None:
     """Check running hosts as the operations manual asks (1j), against the cluster file."""
-    files = [Path(name) if name else None for name in (junit, json)]
     found = clusters.load(Path(cluster), secrets=False)
-    print("\n".join(checking.check(found, host, _where(ssh_config, client), *files)))
+    print("\n".join(checking.check(found, host, _where(ssh_config, client), _file(junit), _file(json))))
 
 
 @command(help={**_CLUSTER, "out": "where `invoke render` writes"})

@@ -20,14 +20,6 @@ from provision.host import Host
 from provision.model import Cluster, Director, RealServer, Service
 
 Ask = Callable[[str], str]
-ROLES = ("director", "realserver", "ospf", "vrrp")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Name the markers."""
-    config.addinivalue_line("markers", "role(name, ...): only hosts and modes to which all of these apply")
-    config.addinivalue_line("markers", "importance(word): high or low, as the manual has it")
-    config.addinivalue_line("markers", "traffic: judges what clients do, which a change does not wait for")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -38,7 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept: list[pytest.Item] = []
     dropped: list[pytest.Item] = []
     for item in items:
-        host = known[item.callspec.params["_testinfra_host"].partition("://")[2]]  # type: ignore[attr-defined]
+        host = known[item.callspec.params["_testinfra_host"].backend.hostname]  # type: ignore[attr-defined]
         item.add_marker(pytest.mark.xdist_group(host.name))
         wanted = {word for mark in item.iter_markers("role") for word in mark.args}
         (kept if wanted <= {host.role, cluster.mode} else dropped).append(item)
@@ -61,7 +53,11 @@ def ask(host: Connection) -> Ask:
     """Run a shell command on the host and return what it printed; a failing one fails the check with its words."""
 
     def run(command: str) -> str:
-        result = host.run("sh -c " + shlex.quote(command))
+        try:
+            result = host.run("sh -c " + shlex.quote(command))
+        except RuntimeError as error:  # ssh's own failure, in testinfra's words
+            said = str(error).rpartition("_stderr=b")[2].strip("')\\\"").replace("\\r\\n", " ")
+            pytest.fail(f"no answer over ssh: {said or error}", pytrace=False)
         assert result.rc == 0, f"{command}: status {result.rc}: {result.stderr.strip() or result.stdout.strip()}"
         return str(result.stdout).strip()
 
@@ -71,7 +67,7 @@ def ask(host: Connection) -> Ask:
 @pytest.fixture
 def node(host: Connection, cluster: Cluster) -> Host:
     """The host's entry in the cluster file."""
-    return next(each for each in cluster.hosts if each.name == host.backend.get_hostname())
+    return next(each for each in cluster.hosts if each.name == host.backend.hostname)
 
 
 @pytest.fixture
@@ -95,8 +91,13 @@ def services(director: Director, cluster: Cluster) -> tuple[Service, ...]:
 @pytest.fixture
 def addresses(ask: Ask) -> dict[str, set[str]]:
     """The addresses on each interface, with prefix length."""
+    return bound(ask("ip -j address show"))
+
+
+def bound(listing: str) -> dict[str, set[str]]:
+    """Read `ip -j address show`; link-local addresses are nobody's."""
     found: dict[str, set[str]] = {}
-    for link in parsed(ask("ip -j address show")):
+    for link in parsed(listing):
         found[link["ifname"]] = {
             f"{each['local']}/{each['prefixlen']}" for each in link["addr_info"] if each.get("scope") != "link"
         }

@@ -1,0 +1,426 @@
+"""Plan and apply, with every script that they send run for real by a shell in a root of its own.
+
+The programs of a host that are not there (systemctl, keepalived, zebra …) write down how they were called; those that
+work on files (tar, cp, cmp, chown) are this machine's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.errors import BuildError
+from pipeline.sandbox import Overlay, Sandbox
+from provision import apply as applying
+from provision import cluster as clusters
+from provision import operations as ops
+from provision import render, rollout
+from provision.host import Host
+from provision.model import Cluster
+from provision.remote import Answer, Remote, braced
+from tests.unit.test_provision_cluster import OSPF, VRRP
+
+pytestmark = [
+    pytest.mark.runs("bwrap", "unshare"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="mounts an overlay over /usr, which only root may"),
+]
+IMAGE = Path(__file__).parents[2] / "image/common/rootfs"
+
+# Says how it was called; fails when the test says so; the timer is a file.
+FAKE = """#!/bin/sh
+name=${0##*/}
+case "$name $*" in
+    "systemctl is-active --quiet lvs-rollback.timer") [ -e /var/lib/timer ]; exit ;;
+    "systemctl stop lvs-rollback.timer") [ -e /var/lib/timer ] || exit 5; rm /var/lib/timer; exit 0 ;;
+    "systemctl reset-failed"*) exit 1 ;;
+    systemd-run*) : >/var/lib/timer ;;
+    "ipvsadm -Gn") cat /var/lib/ipvsadm 2>/dev/null; : >/var/lib/ipvsadm ;;
+esac
+echo "$name $*" >>/var/lib/calls
+! grep -qxF -- "$name $*" /var/lib/failing 2>/dev/null
+"""
+# A checker that reads: a file with the word `broken` in it does not pass.
+CHECKER = """#!/bin/sh
+for file; do :; done
+case "$*" in *new*) ;; *) exit 9 ;; esac
+! grep -rq broken "${file%/*}" || { echo "$file: broken" >&2; exit 1; }
+"""
+FAKES = ("systemctl", "systemd-run", "ipvsadm", "ip", "networkctl", "cloud-init")
+
+
+@dataclass
+class Lab:
+    """Hosts that are roots on this machine."""
+
+    folder: Path
+    roots: dict[str, Path] = field(default_factory=dict)
+    puts: list[str] = field(default_factory=list)
+    down: set[str] = field(default_factory=set)
+
+    def root(self, name: str) -> Path:
+        """A host's root; made as an image leaves it."""
+        if name not in self.roots:
+            root = self.folder / f"host-{name}" / "key" / "root"
+            for part in ("usr", "etc", "tmp", "proc", "dev", "run", "var/lib", "var/tmp", "root"):
+                (root / part).mkdir(parents=True)
+            for link in ("bin", "sbin", "lib", "lib64"):
+                (root / link).symlink_to(f"usr/{link}")
+            (root / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nfrr:x:920:920::/:/bin/sh\n")
+            (root / "etc/group").write_text("root:x:0:\nfrr:x:920:\n")
+            self.roots[name] = root
+        return self.roots[name]
+
+    def layers(self, name: str) -> Overlay:
+        """This machine's /usr with the fakes above it."""
+        upper, work = (self.folder / f"{part}-{name}" for part in ("upper", "work"))
+        if not upper.exists():
+            work.mkdir(parents=True)
+            texts = {f"bin/{fake}": FAKE for fake in FAKES}
+            texts |= {f"sbin/{daemon}": CHECKER for daemon in ("keepalived", *applying.ROUTING)}
+            texts["bin/hostname"] = f"#!/bin/sh\necho {name}\n"
+            texts["lib/systemd/systemd-sysctl"] = FAKE
+            texts["lib/lvsforge/drop-stale-files"] = (IMAGE / "usr/lib/lvsforge/drop-stale-files").read_text()
+            for path, text in texts.items():
+                (upper / path).parent.mkdir(parents=True, exist_ok=True)
+                (upper / path).write_text(text)
+                (upper / path).chmod(0o755)
+        return Overlay(Path("/usr"), upper, work, "/usr")
+
+    @contextlib.contextmanager
+    def connect(self, host: Host) -> Iterator[Remote]:
+        if host.name in self.down:
+            raise BuildError(f"{host.name}: no connection: refused", f"ssh root@{host.name}")
+        yield LabRemote(host.name, self)
+
+    def calls(self, name: str) -> list[str]:
+        """What was called since it was last asked."""
+        file = self.root(name) / "var/lib/calls"
+        lines = file.read_text().splitlines() if file.exists() else []
+        file.unlink(missing_ok=True)
+        return lines
+
+    def files(self, name: str) -> dict[str, tuple[bytes, int, int]]:
+        """A host's /etc, without what every host has: content, mode, owner."""
+        root = self.root(name)
+        return {
+            f"/{p.relative_to(root)}": (p.read_bytes(), p.stat().st_mode & 0o7777, p.stat().st_uid)
+            for p in (root / "etc").rglob("*")
+            if p.is_file() and p.name not in ("passwd", "group")
+        }
+
+
+@dataclass
+class LabRemote:
+    """A `Remote` whose host is a root of the lab."""
+
+    name: str
+    lab: Lab
+
+    def run(self, script: str, *, check: bool = True, what: str = "") -> Answer:
+        result = Sandbox(self.lab.root(self.name), writable=True).run(
+            ["/bin/sh", "-eu"],
+            stdin=braced(script),
+            overlays=[self.lab.layers(self.name)],
+            check=False,
+        )
+        if check and result.returncode != 0:
+            raise BuildError(f"{self.name}: {what} failed", "look", result.stderr.splitlines())
+        return Answer(result.returncode, result.stdout, result.stderr)
+
+    def put(self, data: bytes, path: str) -> None:
+        self.lab.puts.append(path)
+        (self.lab.root(self.name) / path.lstrip("/")).write_bytes(data)
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(tmp_path / "lab")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    place = tmp_path / "in"
+    place.mkdir()
+    for name, text in {"ospf": "k3y\n", "vrrp": "s3cret"}.items():
+        (place / name).write_text(text, encoding="utf-8")
+        (place / name).chmod(0o600)
+    return place
+
+
+def cluster_of(folder: Path, base: dict[str, Any] = OSPF, **changes: Any) -> Cluster:
+    data = {**copy.deepcopy(base), **changes}
+    path = folder / "cluster.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    return clusters.load(path)
+
+
+def well(_: Sequence[Host]) -> None:
+    """A gate that is open."""
+
+
+def sick(hosts: Sequence[Host]) -> None:
+    raise BuildError(f"{hosts[0].name} is not well", "look at it")
+
+
+def expected(cluster: Cluster, name: str) -> dict[str, tuple[bytes, int, int]]:
+    (host,) = cluster.chosen((name,))
+    return {
+        file.path: (file.content.encode(), file.mode, 920 if file.owner == "frr" else 0)
+        for file in render.Renderer(cluster).root_files(host)
+    }
+
+
+def acts(calls: list[str]) -> list[str]:
+    return [call for call in calls if not call.startswith(("systemd-run", "cloud-init", "networkctl"))]
+
+
+def test_a_new_host_then_nothing_to_do(lab: Lab, folder: Path) -> None:
+    cluster = cluster_of(folder)
+    asked: list[str] = []
+    lines = applying.apply(cluster, ["lvs-1"], lab.connect, lambda hosts: asked.append(hosts[0].name))
+    assert lines == ["lvs-1: 10 files changed, network sysctl keepalived rc-local zebra ospfd ospf6d"]
+    assert lab.files("lvs-1") == expected(cluster, "lvs-1")
+    assert asked == ["lvs-1"]
+    calls = lab.calls("lvs-1")
+    local = [f"{a}/{a.max_prefixlen}" for a in cluster.directors[0].all_local_addresses]
+    assert acts(calls) == [
+        *(f"ip address replace {address} dev eth1" for address in local),
+        "systemd-sysctl ",
+        "systemctl reload-or-restart keepalived",
+        "systemctl restart rc-local",
+        "systemctl restart zebra",
+        "systemctl restart ospfd",
+        "systemctl restart ospf6d",
+    ]
+    assert any(call.startswith("systemd-run --quiet --unit=lvs-rollback --on-active=660 ") for call in calls)
+    assert not (lab.root("lvs-1") / "var/lib/timer").exists(), "the timer was stopped"
+    assert applying.apply(cluster, ["lvs-1"], lab.connect, sick) == ["lvs-1: nothing to do"]
+    assert lab.calls("lvs-1") == []
+
+
+def test_a_plan_shows_no_secret_and_changes_nothing(lab: Lab, folder: Path) -> None:
+    cluster = cluster_of(folder, vty={"password": {"file": "vrrp"}})
+    text = "\n".join(applying.plan(cluster, (), lab.connect))
+    assert "== lvs-1: 10 files differ; concerned: network sysctl keepalived rc-local zebra ospfd ospf6d" in text
+    assert "+ ip ospf message-digest-key 8 md5 (secret)" in text and "+password (secret)" in text
+    assert "k3y" not in text and "s3cret" not in text
+    assert "+    192.168.100.4" in text
+    assert lab.files("lvs-1") == {} and lab.calls("lvs-1") == [] and lab.puts == []
+
+
+def test_a_plan_of_what_is_as_it_should_be(lab: Lab, folder: Path) -> None:
+    cluster = cluster_of(folder)
+    applying.apply(cluster, ["lvs-2"], lab.connect, well)
+    assert applying.plan(cluster, ["lvs-2"], lab.connect) == ["== lvs-2: as it should be"]
+    (lab.root("lvs-2") / "etc/lvs/host.conf").chmod(0o600)
+    assert applying.plan(cluster, ["lvs-2"], lab.connect) == [
+        "== lvs-2: 1 files differ; concerned: rc-local",
+        "  /etc/lvs/host.conf: 0600 root becomes 0644 root",
+    ]
+
+
+def test_a_host_that_is_down_does_not_hide_the_others(
+    lab: Lab, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab.down.add("lvs-1")
+    with pytest.raises(BuildError, match="1 of the hosts could not be asked"):
+        applying.plan(cluster_of(folder), (), lab.connect)
+    out = capsys.readouterr().out
+    assert "== lvs-1: not known" in out and "== lvs-2: 10 files differ" in out
+
+
+def test_only_what_changed_is_told(lab: Lab, folder: Path) -> None:
+    """A real server more: keepalived reads its files again, and nothing else is touched."""
+    applying.apply(cluster_of(folder), ["lvs-1"], lab.connect, well)
+    lab.calls("lvs-1")
+    services = copy.deepcopy(OSPF["services"])
+    services[0]["real_servers"].append({"address": "198.51.100.3"})
+    cluster = cluster_of(folder, services=services)
+    before = lab.root("lvs-1").joinpath("etc/keepalived/tls.conf").stat().st_ino
+    assert applying.apply(cluster, ["lvs-1"], lab.connect, well) == ["lvs-1: 1 files changed, keepalived"]
+    assert acts(lab.calls("lvs-1")) == ["systemctl reload-or-restart keepalived"]
+    assert lab.files("lvs-1") == expected(cluster, "lvs-1")
+    assert lab.root("lvs-1").joinpath("etc/keepalived/tls.conf").stat().st_ino == before
+
+
+def test_what_is_not_wanted_any_more_goes(lab: Lab, folder: Path) -> None:
+    applying.apply(cluster_of(folder), ["lvs-1"], lab.connect, well)
+    own = lab.root("lvs-1") / "etc/keepalived/own.conf"
+    own.write_text("! an operator's\n")
+    cluster = cluster_of(folder, services=OSPF["services"][:1], vip_prefixes=OSPF["vip_prefixes"][:1])
+    lab.calls("lvs-1")
+    (line,) = applying.apply(cluster, ["lvs-1"], lab.connect, well)
+    assert own.exists()
+    own.unlink()
+    assert lab.files("lvs-1") == expected(cluster, "lvs-1")
+    assert "ospf6d" in line
+    assert "systemctl stop ospf6d" in lab.calls("lvs-1"), "no IPv6 is announced any more"
+
+
+def test_a_local_address_goes_when_its_connections_have_ended(lab: Lab, folder: Path) -> None:
+    applying.apply(cluster_of(folder), ["lvs-1"], lab.connect, well)
+    lab.calls("lvs-1")
+    pools = copy.deepcopy(OSPF["local_addresses"])
+    pools["laddr_g1"]["without"] = ["192.168.100.3"]
+    cluster = cluster_of(folder, local_addresses=pools)
+    (lab.root("lvs-1") / "var/lib/ipvsadm").write_text(
+        "VIP:VPORT         TOTAL    SNAT_IP              CONFLICTS  CONNS\n"
+        "203.0.113.1:80    1\n                           192.168.100.3        0          7\n"
+    )
+    applying.apply(cluster, ["lvs-1"], lab.connect, well)
+    assert acts(lab.calls("lvs-1")) == [
+        "systemctl reload-or-restart keepalived",
+        "ipvsadm -Gn",  # seven
+        "ipvsadm -Gn",  # none
+        "systemctl restart rc-local",
+    ]
+
+
+def test_a_file_that_its_daemon_refuses_is_not_installed(lab: Lab, folder: Path) -> None:
+    cluster = cluster_of(folder)
+    applying.apply(cluster, ["lvs-1"], lab.connect, well)
+    before = lab.files("lvs-1")
+    lab.calls("lvs-1")
+    services = copy.deepcopy(OSPF["services"])
+    services[0]["name"] = "broken"
+    with pytest.raises(BuildError, match="the new files' own checkers") as caught:
+        applying.apply(cluster_of(folder, services=services), (), lab.connect, well)
+    assert caught.value.details[0].endswith("broken")
+    assert lab.files("lvs-1") == before
+    assert lab.calls("lvs-1") == [], "no timer, nothing told"
+    assert "lvs-2" not in lab.roots, "the next host was not asked"
+
+
+@pytest.mark.parametrize("failing", ["", "systemctl reload-or-restart keepalived", "systemctl restart rc-local"])
+def test_a_host_that_fails_is_rolled_back_and_stops_the_rest(failing: str, lab: Lab, folder: Path) -> None:
+    first = cluster_of(folder)
+    for name in ("lvs-1", "lvs-2"):
+        applying.apply(first, [name], lab.connect, well)
+    before = lab.files("lvs-1")
+    lab.calls("lvs-1")
+    lab.calls("lvs-2")
+    pools = copy.deepcopy(OSPF["local_addresses"])
+    pools["laddr_g1"]["without"] = ["192.168.100.3", "192.168.100.7"]
+    services = copy.deepcopy(OSPF["services"])
+    services[1]["name"] = "secure"
+    cluster = cluster_of(folder, local_addresses=pools, services=services)
+    (lab.root("lvs-1") / "var/lib/failing").write_text(f"{failing}\n" if failing else "")
+    with pytest.raises(BuildError) as caught:
+        applying.apply(cluster, ["lvs-1", "lvs-2"], lab.connect, well if failing else sick)
+    assert caught.value.details[-1] == (
+        "lvs-1 was rolled back; the hosts after it were not touched; the same command goes on"
+    )
+    assert lab.files("lvs-1") == before
+    assert acts(lab.calls("lvs-1"))[-2:] == ["systemctl restart rc-local", "systemctl reload-or-restart keepalived"]
+    assert not (lab.root("lvs-1") / "var/lib/timer").exists()
+    assert lab.calls("lvs-2") == []
+    # and again, with what failed mended
+    (lab.root("lvs-1") / "var/lib/failing").unlink()
+    applying.apply(cluster, ["lvs-1", "lvs-2"], lab.connect, well)
+    for name in ("lvs-1", "lvs-2"):
+        assert lab.files(name) == expected(cluster, name)
+
+
+def test_a_change_that_was_cut_off_is_undone_first(lab: Lab, folder: Path) -> None:
+    """We were killed after the files were installed: the timer on the host still runs."""
+    applying.apply(cluster_of(folder), ["lvs-1"], lab.connect, well)
+    before = lab.files("lvs-1")
+    services = copy.deepcopy(OSPF["services"])
+    services[0]["name"] = "shop"
+    cluster = cluster_of(folder, services=services)
+    (host, *_) = cluster.directors
+    with lab.connect(host) as remote:
+        plan = applying.compare(remote, host, render.Renderer(cluster).root_files(host))
+        remote.run(f"mkdir -p {applying.STATE}")
+        remote.put(applying.pack(plan.files), f"{applying.STATE}/new.tar")
+        remote.run(applying._UNPACK)
+        remote.run(applying._keep([c.path for c in plan.changes], plan.areas, 660))
+        remote.run(applying._install([f.path for f in plan.files], [c.path for c in plan.changes if c.new is None]))
+        assert lab.files("lvs-1") != before
+        applying.go_back_if_left(remote)
+    assert lab.files("lvs-1") == before
+    assert applying.apply(cluster, ["lvs-1"], lab.connect, well) == ["lvs-1: 4 files changed, keepalived"]
+    assert lab.files("lvs-1") == expected(cluster, "lvs-1")
+
+
+def test_another_host_that_answers_is_not_touched(lab: Lab, folder: Path) -> None:
+    cluster = cluster_of(folder)
+
+    @contextlib.contextmanager
+    def astray(host: Host) -> Iterator[Remote]:
+        yield LabRemote("lvs-2", lab)
+
+    with pytest.raises(BuildError, match="lvs-1: the host that answers calls itself lvs-2"):
+        applying.apply(cluster, ["lvs-1"], astray, well)
+    assert lab.files("lvs-2") == {}
+
+
+def test_real_servers_come_first_and_the_master_last(lab: Lab, folder: Path) -> None:
+    cluster = cluster_of(folder, VRRP)
+    lines = applying.apply(cluster, (), lab.connect, well)
+    assert [line.split(":")[0] for line in lines] == ["rs-1", "lvs-2", "lvs-1"]
+    assert "net.toa.trusted = 192.168.100.1," in lab.files("rs-1")["/etc/sysctl.d/70-host.conf"][0].decode()
+
+
+def test_an_operation_rolled_out_and_one_that_fails(lab: Lab, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the edit to the hosts; when a host fails, the file keeps the edit, and applying again goes on."""
+    path = cluster_of(folder).path
+    options = rollout.Options(apply=True, connect=lab.connect, gate=lambda cluster: well)
+    rollout.perform(path, ops.add_vip("web", "203.0.113.9"), options)
+    assert "- 203.0.113.9" in capsys.readouterr().out
+    assert b"203.0.113.9 80" in lab.files("lvs-2")["/etc/keepalived/web.conf"][0]
+    failing = rollout.Options(apply=True, connect=lab.connect, gate=lambda cluster: sick)
+    with pytest.raises(BuildError, match="lvs-1 is not well") as caught:
+        rollout.perform(path, ops.add_vip("web", "203.0.113.10"), failing)
+    assert caught.value.details[-1] == f"{path} keeps the change; invoke apply --cluster {path} goes on"
+    assert b"203.0.113.10" not in lab.files("lvs-1")["/etc/keepalived/web.conf"][0]
+    rollout.apply(path, (), options)
+    assert b"203.0.113.10" in lab.files("lvs-1")["/etc/keepalived/web.conf"][0]
+
+
+def test_a_real_server_whose_port_is_closed_is_not_added(lab: Lab, folder: Path) -> None:
+    path = cluster_of(folder).path
+    before = path.read_text(encoding="utf-8")
+    options = rollout.Options(apply=True, connect=lab.connect, gate=lambda cluster: well)
+    with pytest.raises(BuildError, match=r"198\.51\.100\.9 port 80 does not answer lvs-1"):
+        rollout.add_real_server(path, "web", "198.51.100.9", 0, 1, options)
+    assert path.read_text(encoding="utf-8") == before
+    assert lab.files("lvs-1") == {}
+
+
+def test_a_real_server_without_toa_is_not_added(lab: Lab, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = cluster_of(folder).path
+    before = path.read_text(encoding="utf-8")
+    options = rollout.Options(apply=True, connect=lab.connect, gate=lambda cluster: well)
+    monkeypatch.setattr(ops, "answers", lambda *_: None)
+    lab.root("rs-1").joinpath("var/lib/failing").write_text("systemctl is-active --quiet toa-bpf\n")
+    services = copy.deepcopy(OSPF["services"])
+    services[0]["real_servers"] = services[0]["real_servers"][1:]
+    path = cluster_of(folder, services=services).path
+    with pytest.raises(BuildError, match="rs-1 has no toa"):
+        rollout.add_real_server(path, "web", "198.51.100.1", 0, 1, options)
+    lab.root("rs-1").joinpath("var/lib/failing").unlink()
+    rollout.add_real_server(path, "web", "198.51.100.1", 0, 1, options)
+    assert "198.51.100.1" in lab.files("lvs-1")["/etc/keepalived/web.conf"][0].decode()
+    assert before
+
+
+def test_draining_a_real_server_to_its_end(lab: Lab, folder: Path) -> None:
+    path = cluster_of(folder).path
+    options = rollout.Options(apply=True, connect=lab.connect, gate=lambda cluster: well, drain=30)
+    rollout.remove_real_server(path, "web", "198.51.100.1", 0, options)
+    calls = lab.calls("lvs-1")
+    assert [call for call in calls if "keepalived" in call or "ipvsadm" in call] == [
+        "systemctl reload-or-restart keepalived",
+        "ipvsadm -Ln",
+        "systemctl reload-or-restart keepalived",
+    ]
+    assert "198.51.100.1 80" not in lab.files("lvs-1")["/etc/keepalived/web.conf"][0].decode()

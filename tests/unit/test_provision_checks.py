@@ -1,0 +1,427 @@
+"""The environment checks' judgement: what hosts' programs print when all is well, and with each subject broken.
+
+The programs' output is as the real ones print it; that the checks reach real hosts, tests of images show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from provision import checking, ipvs
+from provision import cluster as clusters
+from provision import inventory as inventories
+from provision.checks import test_high as high
+from provision.checks import test_low as low
+from provision.checks.conftest import bound
+from provision.model import Cluster, Director
+from tests.unit.test_provision_cluster import OSPF, VRRP
+
+# The subjects of these tests are tests themselves: imported by module, so that pytest does not take them for its own.
+
+HEAD = """\
+IP Virtual Server version 1.2.1 (size=4096)
+Prot LocalAddress:Port Scheduler Flags
+  -> RemoteAddress:Port           Forward Weight ActiveConn InActConn
+"""
+SERVICES = f"""{HEAD}\
+TCP  203.0.113.1:80 rr
+  -> 198.51.100.1:80              FullNat 1      3          9
+  -> 198.51.100.2:80              FullNat 2      2          0
+TCP  203.0.113.2:80 rr
+  -> 198.51.100.1:80              FullNat 1      0          0
+  -> 198.51.100.2:80              FullNat 2      0          0
+TCP  203.0.113.3:443 rr
+  -> 198.51.100.1:443             FullNat 1      0          0
+TCP  [2001:db8:ffff::3]:443 rr
+  -> [2001:db8:5::1]:443          FullNat 1      0          0
+"""
+TOTALS = """\
+IP Virtual Server version 1.2.1 (size=4096)
+Prot LocalAddress:Port               Conns   InPkts  OutPkts  InBytes OutBytes
+  -> RemoteAddress:Port
+TCP  203.0.113.1:80                    600     6000     6000   600000   600000
+  -> 198.51.100.1:80                   301     3000     3000   300000   300000
+  -> 198.51.100.2:80                   299     3000     3000   300000   300000
+"""
+LOCAL4 = "".join(f"                             192.168.100.{n}        0          {n}\n" for n in range(1, 5))
+LOCAL6 = "".join(f"                             2001:db8:64::{n}       0          0\n" for n in range(1, 5))
+LOCAL = (
+    "VIP:VPORT                  TOTAL  SNAT_IP              CONFLICTS  CONNS\n"
+    f"203.0.113.1:80             4\n{LOCAL4}203.0.113.2:80             4\n{LOCAL4}"
+    f"203.0.113.3:443            4\n{LOCAL4}[2001:db8:ffff::3]:443     4\n{LOCAL6}"
+)
+VIPS = ("203.0.113.1/32", "203.0.113.2/32", "203.0.113.3/32", "2001:db8:ffff::3/128")
+OWN = ("192.168.100.201/24", "2001:db8:64::201/64")
+LOCALS = tuple(f"192.168.100.{n}/32" for n in range(1, 5)) + tuple(f"2001:db8:64::{n}/128" for n in range(1, 5))
+HELLOS = """\
+05:00:01.1 IP 192.0.2.1 > 224.0.0.5: OSPFv2, Hello, length 44
+05:00:01.9 IP 192.0.2.254 > 224.0.0.5: OSPFv2, Hello, length 48
+"""
+NEIGHBOURS = json.dumps({"neighbors": {"192.0.2.254": [{"nbrState": "Full/DR"}]}})
+DEFAULT = json.dumps([{"dst": "default", "gateway": "192.0.2.254", "dev": "eth0", "protocol": "ospf"}])
+PROCESSES = "  901     1 /usr/sbin/keepalived --dont-fork -D\n  902   901 /usr/sbin/keepalived --dont-fork -D\n"
+LOG = """\
+Nov 28 05:00:00 lvs-1 Keepalived[800]: Unable to open /etc/old.conf, of an earlier start
+Nov 28 05:00:01 lvs-1 Keepalived[901]: Starting Keepalived v2.3.3
+Nov 28 05:00:02 lvs-1 Keepalived_healthcheckers[902]: TCP connection to [198.51.100.1]:tcp:80 success.
+Nov 28 05:00:03 lvs-1 Keepalived_healthcheckers[902]: TCP connection to [198.51.100.2]:tcp:80 failed.
+"""
+
+
+def load(tmp_path: Path, base: dict[str, Any]) -> Cluster:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(base), encoding="utf-8")
+    return clusters.load(path, secrets=False)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return load(tmp_path, OSPF)
+
+
+@pytest.fixture
+def director(cluster: Cluster) -> Director:
+    return cluster.directors[0]
+
+
+def asker(**answers: str) -> Callable[[str], str]:
+    """An `ask` that answers by a word in the command."""
+
+    def ask(command: str) -> str:
+        for word, answer in answers.items():
+            if word.replace("_", " ") in command:
+                return answer.strip()
+        raise AssertionError(f"no answer to {command}")
+
+    return ask
+
+
+@contextlib.contextmanager
+def complaint(text: str) -> Iterator[None]:
+    """The check fails, and says this."""
+    with pytest.raises(AssertionError) as caught:
+        yield
+    assert text in str(caught.value), caught.value
+
+
+def places(**changes: set[str]) -> dict[str, set[str]]:
+    lo = {"127.0.0.1/8", "::1/128", *VIPS}
+    return {"lo": lo, "eth0": {"192.0.2.1/24"}, "eth1": {*OWN, *LOCALS}} | changes
+
+
+def test_vips(cluster: Cluster, director: Director) -> None:
+    services = cluster.services_of(director)
+    high.test_vips_are_on_lo(places(), services, director)
+    with complaint("not on lo: 203.0.113.2/32"):
+        high.test_vips_are_on_lo(places(lo={*VIPS} - {"203.0.113.2/32"}), services, director)
+    with complaint("on lo, in no service: 203.0.113.9/32"):
+        high.test_vips_are_on_lo(places(lo={*VIPS, "203.0.113.9/32"}), services, director)
+
+
+def test_vips_of_a_pair(tmp_path: Path) -> None:
+    pair = load(tmp_path, VRRP)
+    (master, _), services = pair.directors, pair.services
+    mine = {*VIPS}
+    high.test_vips_are_where_the_master_is(places(lo=set(), eth0=mine), services, master, pair)
+    high.test_vips_are_where_the_master_is(places(lo=set()), services, master, pair)
+    with complaint("VI_1"):
+        high.test_vips_are_where_the_master_is(places(lo=set(), eth0={"203.0.113.1/32"}), services, master, pair)
+    with complaint("VI_1"):
+        high.test_vips_are_where_the_master_is(places(lo=mine), services, master, pair)
+
+
+def test_local_addresses(director: Director) -> None:
+    high.test_local_addresses_are_on_the_downlink(places(), director)
+    with complaint("not on eth1: 192.168.100.3/32"):
+        high.test_local_addresses_are_on_the_downlink(places(eth1={*OWN, *LOCALS} - {"192.168.100.3/32"}), director)
+    with complaint("local addresses on other interfaces"):
+        high.test_local_addresses_are_on_the_downlink(places(eth0={"192.168.100.3/32"}), director)
+    with complaint("on eth1, in no pool: 192.168.100.9/32"):
+        high.test_local_addresses_are_on_the_downlink(places(eth1={*OWN, *LOCALS, "192.168.100.9/32"}), director)
+
+
+def test_services(cluster: Cluster) -> None:
+    def judge(text: str) -> None:
+        high.test_services_are_in_the_kernel(ipvs.read(text, ""), cluster.services)
+
+    judge(SERVICES)
+    with complaint("missing: TCP 203.0.113.3:443"):
+        judge(
+            SERVICES.replace(
+                "TCP  203.0.113.3:443 rr\n  -> 198.51.100.1:443             FullNat 1      0          0\n", ""
+            )
+        )
+    with complaint("not wanted: TCP 203.0.113.9:80"):
+        judge(SERVICES + "TCP  203.0.113.9:80 rr\n")
+    with complaint("203.0.113.3:443: scheduler wlc"):
+        judge(SERVICES.replace("203.0.113.3:443 rr", "203.0.113.3:443 wlc"))
+    with complaint("flags 'synproxy'"):
+        judge(SERVICES.replace("203.0.113.3:443 rr", "203.0.113.3:443 rr synproxy"))
+
+
+def test_real_servers(cluster: Cluster) -> None:
+    def judge(text: str) -> None:
+        high.test_real_servers_are_healthy_and_weighted(ipvs.read(text, ""), cluster.services)
+
+    judge(SERVICES)
+    with complaint("TCP [2001:db8:ffff::3]:443: [2001:db8:5::1]:443 is missing (down?)"):
+        judge(SERVICES.replace("  -> [2001:db8:5::1]:443          FullNat 1      0          0\n", ""))
+    with complaint("198.51.100.2:80 has weight 0 for 2 (down?)"):
+        judge(SERVICES.replace("FullNat 2      2", "FullNat 0      2"))
+    with complaint("198.51.100.9:80 is not wanted"):
+        judge(SERVICES.replace("198.51.100.2:80 ", "198.51.100.9:80 "))
+    with complaint("is reached by Masq, not FNAT"):
+        judge(SERVICES.replace("198.51.100.1:443             FullNat", "198.51.100.1:443             Masq   "))
+
+
+def test_local_addresses_of_services(cluster: Cluster, director: Director) -> None:
+    def judge(text: str) -> None:
+        high.test_services_have_their_local_addresses(asker(ipvsadm=text), cluster.services, director)
+
+    judge(LOCAL)
+    with complaint("TCP [2001:db8:ffff::3]:443"):
+        judge(LOCAL.replace("2001:db8:64::4  ", "2001:db8:64::9  "))
+    with complaint("TCP 203.0.113.1:80: ['192.168.100.1', '192.168.100.3', '192.168.100.4']"):
+        judge(LOCAL.replace("                             192.168.100.2        0          2\n", ""))
+
+
+def test_spread(cluster: Cluster) -> None:
+    def judge(totals: str, listing: str = SERVICES) -> None:
+        high.test_sessions_are_spread_evenly(ipvs.read(listing, totals), cluster.services)
+
+    judge(TOTALS)
+    uneven = TOTALS.replace(" 301 ", " 501 ").replace(" 299 ", "  99 ")
+    with complaint("198.51.100.1:80 had 501 of 600 sessions, its share is 300"):
+        judge(uneven)
+    with pytest.raises(pytest.skip.Exception, match="no service with scheduler rr"):
+        judge(TOTALS.replace(" 301 ", "  11 ").replace(" 299 ", "  90 "))
+
+
+def test_processes(cluster: Cluster, tmp_path: Path) -> None:
+    high.test_keepalived_has_its_processes(asker(ps=PROCESSES), cluster, cluster.services)
+    with complaint("1 processes of keepalived, 2 are right"):
+        high.test_keepalived_has_its_processes(asker(ps=PROCESSES.splitlines()[0]), cluster, cluster.services)
+    with complaint("0 processes"):
+        high.test_keepalived_has_its_processes(asker(ps=""), cluster, cluster.services)
+    with complaint("2 keepalived started by init"):
+        high.test_keepalived_has_its_processes(
+            asker(ps=PROCESSES.replace("902   901", "902     1")), cluster, cluster.services
+        )
+    pair = load(tmp_path, VRRP)
+    with complaint("2 processes of keepalived, 3 are right"):
+        high.test_keepalived_has_its_processes(asker(ps=PROCESSES), pair, pair.services)
+
+
+def test_hellos(cluster: Cluster, director: Director) -> None:
+    high.test_ospf_says_and_hears_hellos(asker(tcpdump=HELLOS), director, cluster)
+    own, other = HELLOS.splitlines()
+    with complaint("no hello of a neighbour on eth0"):
+        high.test_ospf_says_and_hears_hellos(asker(tcpdump=own), director, cluster)
+    with complaint("no hello of this host on eth0"):
+        high.test_ospf_says_and_hears_hellos(asker(tcpdump=other), director, cluster)
+
+
+def test_neighbours(cluster: Cluster, director: Director) -> None:
+    def judge(text: str) -> None:
+        high.test_ospf_neighbours_are_full(asker(vtysh=text), director, cluster)
+
+    judge(NEIGHBOURS)
+    with complaint("no neighbour is Full"):
+        judge(json.dumps({"neighbors": {}}))
+    with complaint("no neighbour is Full"):
+        judge(NEIGHBOURS.replace("Full/DR", "ExStart/DR"))
+    both = json.loads(NEIGHBOURS)["neighbors"]
+    judge(json.dumps({"neighbors": {**both, "192.0.2.2": [{"nbrState": "2-Way/DROther"}]}}))
+    with complaint("neighbours on their way"):
+        judge(json.dumps({"neighbors": {**both, "192.0.2.2": [{"nbrState": "Init/DROther"}]}}))
+
+
+def test_routes_of_ospf(cluster: Cluster, director: Director) -> None:
+    def judge(text: str) -> None:
+        high.test_routes_of_ospf_are_there(asker(ip=text), director, cluster)
+
+    judge(DEFAULT)
+    with complaint("no default route by OSPF"):
+        judge("")
+    with complaint("no default route by OSPF"):
+        judge(DEFAULT.replace("default", "10.0.0.0/8"))
+    with complaint("leave by {'eth1'}, not by eth0"):
+        judge(DEFAULT.replace("eth0", "eth1"))
+
+
+def test_routes_of_the_file(tmp_path: Path) -> None:
+    base = {**VRRP, "directors": [dict(VRRP["directors"][0]), VRRP["directors"][1]]}
+    nics = [dict(nic) for nic in base["directors"][0]["interfaces"]]
+    nics[0]["gateway4"] = "192.0.2.254"
+    nics[1]["routes"] = [{"to": "198.51.100.0/24", "via": "192.168.100.254"}]
+    base["directors"][0]["interfaces"] = nics
+    master = load(tmp_path, base).directors[0]
+    routes = [
+        {"dst": "default", "gateway": "192.0.2.254", "dev": "eth0"},
+        {"dst": "198.51.100.0/24", "gateway": "192.168.100.254", "dev": "eth1"},
+    ]
+
+    def judge(found: list[dict[str, str]]) -> None:
+        answers = {"-4": json.dumps(found), "-6": "[]"}
+        high.test_routes_of_the_cluster_file_are_there(asker(**answers), master)
+
+    judge(routes)
+    with complaint("no route to default by 192.0.2.254 on eth0"):
+        judge(routes[1:])
+    with complaint("no route to 198.51.100.0/24 by 192.168.100.254 on eth1"):
+        judge(routes[:1])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Keepalived[901]: pid 902 exited due to segmentation fault (SIGSEGV).",
+        "Keepalived_healthcheckers[902]: (/etc/keepalived/web.conf: Line 7) Unknown keyword 'x'",
+        "Keepalived_healthcheckers[902]: IPVS (cmd 1159, errno 2): No such file or directory",
+        "Keepalived[901]: Unable to find a configuration file",
+    ],
+)
+def test_log(line: str) -> None:
+    high.test_keepalived_has_nothing_to_complain_about(asker(tail=LOG))
+    with complaint("1 lines, the last: Nov 28 05:00:09"):
+        high.test_keepalived_has_nothing_to_complain_about(asker(tail=f"{LOG}Nov 28 05:00:09 lvs-1 {line}\n"))
+
+
+def test_units(cluster: Cluster) -> None:
+    high.test_services_of_the_host_run(asker(systemctl="active\nactive\nactive\nactive"), cluster)
+    with complaint("'ospfd': 'failed'"):
+        high.test_services_of_the_host_run(asker(systemctl="active\nactive\nfailed\nactive"), cluster)
+
+
+def test_kernel_settings(cluster: Cluster) -> None:
+    answers = {"arp_ignore": "1", "arp_announce": "2", "netdev_max_backlog": "500000"}
+
+    def settings(**changes: str) -> Callable[[str], str]:
+        return lambda command: {**answers, **changes}[command.split(".")[-1]]
+
+    high.test_kernel_settings_are_in_force(None, cluster.directors[0], settings())
+    with complaint("net.core.netdev_max_backlog is 1000, not 500000"):
+        high.test_kernel_settings_are_in_force(None, cluster.directors[0], settings(netdev_max_backlog="1000"))
+    trusted = ",".join(cluster.real_servers[0].trusted)
+    high.test_kernel_settings_are_in_force(None, cluster.real_servers[0], lambda _: trusted)
+    with complaint("net.toa.trusted is 10.0.0.0/8"):
+        high.test_kernel_settings_are_in_force(None, cluster.real_servers[0], lambda _: "10.0.0.0/8")
+
+
+def test_interrupts(director: Director) -> None:
+    def asked(rows: str, balance: str = "") -> None:
+        low.test_interrupts_are_spread(lambda command: balance if "pgrep" in command else rows, director)
+
+    asked("27 0 0\n28 1 1")
+    with complaint("eth0: irq 28 may run on CPU 0-3, not on 1 alone"):
+        asked("27 0 0\n28 1 0-3")
+    with complaint("no interrupt of a queue was found"):
+        asked("")
+    with complaint("irqbalance runs"):
+        asked("27 0 0", "812")
+
+
+def test_real_servers_answer(tmp_path: Path) -> None:
+    base = {**OSPF, "services": [dict(each) for each in OSPF["services"]]}
+    base["services"][0]["check"] = {"http": {"path": "/ok", "host": "www.example.org"}}
+    found = load(tmp_path, base)
+    asked: list[str] = []
+
+    def ask(curl: str, tcp: str) -> Callable[[str], str]:
+        def answer(command: str) -> str:
+            asked.append(command)
+            return curl if command.startswith("curl") else tcp
+
+        return answer
+
+    low.test_real_servers_answer(ask("200", "yes"), found.services)
+    assert (
+        "curl -gkso /dev/null -m 10 -w '%{http_code}' -H 'Host: www.example.org' 'http://198.51.100.1:80/ok' || :"
+        in asked
+    )
+    assert any("/dev/tcp/2001:db8:5::1/443" in command for command in asked)
+    with complaint("http://198.51.100.1:80/ok: 503, not 200"):
+        low.test_real_servers_answer(ask("503", "yes"), found.services)
+    with complaint("[2001:db8:5::1]:443: no connection"):
+        low.test_real_servers_answer(ask("200", ""), found.services)
+
+
+def test_toa() -> None:
+    high.test_toa_is_there(asker(toa="yes"))
+
+
+def test_addresses_are_read() -> None:
+    text = json.dumps(
+        [
+            {"ifname": "lo", "addr_info": [{"local": "127.0.0.1", "prefixlen": 8, "scope": "host"}]},
+            {
+                "ifname": "eth0",
+                "addr_info": [
+                    {"local": "192.0.2.1", "prefixlen": 24, "scope": "global"},
+                    {"local": "fe80::1", "prefixlen": 64, "scope": "link"},
+                ],
+            },
+        ]
+    )
+    assert bound(text) == {"lo": {"127.0.0.1/8"}, "eth0": {"192.0.2.1/24"}}
+
+
+# --- the report
+
+JUNIT = """<?xml version="1.0" encoding="utf-8"?><testsuites><testsuite name="pytest">
+<testcase classname="high" name="test_vips_are_on_lo[ssh://lvs-2]@lvs-2" time="0.5">
+<failure message="AssertionError: not on lo: 203.0.113.1/32&#10;assert not {1}">trace</failure></testcase>
+<testcase classname="high" name="test_vips_are_on_lo[ssh://lvs-1]" time="0.4" />
+<testcase classname="low" name="test_interrupts_are_spread[ssh://lvs-1]@lvs-1" time="0.1">
+<error message="failed on setup with &quot;Failed: no answer over ssh: refused&quot;">trace</error></testcase>
+<testcase classname="low" name="test_vips_answer_a_client[ssh://lvs-1]" time="0.1">
+<skipped type="pytest.skip" message="no client was named">x</skipped></testcase>
+</testsuite></testsuites>"""
+
+
+def test_the_report_by_host() -> None:
+    outcomes = checking.read(JUNIT)
+    assert [(each.host, each.check, each.result, each.message) for each in outcomes] == [
+        ("lvs-1", "vips are on lo", "passed", ""),
+        ("lvs-1", "interrupts are spread", "failed", "no answer over ssh: refused"),
+        ("lvs-1", "vips answer a client", "skipped", "no client was named"),
+        ("lvs-2", "vips are on lo", "failed", "not on lo: 203.0.113.1/32"),
+    ]
+    assert checking.table(outcomes) == [
+        "lvs-1: 1 passed, 1 failed, 1 skipped",
+        "  ✓ vips are on lo",
+        "  ✗ interrupts are spread  no answer over ssh: refused",
+        "  – vips answer a client   no client was named",
+        "lvs-2: 1 failed",
+        "  ✗ vips are on lo  not on lo: 203.0.113.1/32",
+    ]
+
+
+def test_ssh_knows_the_hosts_by_their_names(tmp_path: Path) -> None:
+    base = {**OSPF, "directors": [{**OSPF["directors"][0], "ssh": "[2001:db8::4]:2222"}, OSPF["directors"][1]]}
+    text = checking.ssh_config(load(tmp_path, base).directors, None)
+    assert text.startswith("Host lvs-1\n    User root\n    BatchMode yes\n    HostName 2001:db8::4\n    Port 2222\n")
+    assert "Host lvs-2\n    User root\n    BatchMode yes\n    ConnectTimeout 20\nHost *\n" in text
+    assert text.endswith("Host *\n    Include ~/.ssh/config\n    Include /etc/ssh/ssh_config\n")
+
+
+def test_the_inventory(cluster: Cluster) -> None:
+    data = json.loads(inventories.inventory(cluster, Path("/out/hosts")))
+    assert data["directors"] == {"hosts": ["lvs-1", "lvs-2"], "vars": {"lvs_mode": "ospf"}}
+    assert data["realservers"] == {"hosts": ["rs-1"]}
+    assert data["_meta"]["hostvars"]["lvs-2"] == {
+        "ansible_host": "lvs-2",
+        "ansible_user": "root",
+        "lvs_role": "director",
+        "lvs_rootfs": "/out/hosts/lvs-2/rootfs",
+        "lvs_uplink": "eth0",
+        "lvs_downlink": "eth1",
+        "lvs_local_addresses": [str(address) for address in cluster.directors[1].all_local_addresses],
+    }
