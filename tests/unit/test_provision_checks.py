@@ -295,9 +295,10 @@ def test_log(line: str) -> None:
 
 
 def test_units(cluster: Cluster) -> None:
-    high.test_services_of_the_host_run(asker(systemctl="active\nactive\nactive\nactive"), cluster)
-    with complaint("'ospfd': 'failed'"):
-        high.test_services_of_the_host_run(asker(systemctl="active\nactive\nfailed\nactive"), cluster)
+    high.test_services_of_the_host_run(asker(systemctl="active"), cluster)
+    for unit in ("keepalived", "zebra", "ospfd", "ospf6d"):
+        with complaint(f"'{unit}': 'failed'"):
+            high.test_services_of_the_host_run(asker(**{unit: "failed", "systemctl": "active"}), cluster)
 
 
 def test_kernel_settings(cluster: Cluster) -> None:
@@ -342,10 +343,8 @@ def test_real_servers_answer(tmp_path: Path) -> None:
         return answer
 
     low.test_real_servers_answer(ask("200", "yes"), found.services)
-    assert (
-        "curl -gkso /dev/null -m 10 -w '%{http_code}' -H 'Host: www.example.org' 'http://198.51.100.1:80/ok' || :"
-        in asked
-    )
+    curl = "curl -gkso /dev/null -m 10 --noproxy '*' -w '%{http_code}' -H 'Host: www.example.org'"
+    assert f"{curl} 'http://198.51.100.1:80/ok' || :" in asked
     assert any("/dev/tcp/2001:db8:5::1/443" in command for command in asked)
     with complaint("http://198.51.100.1:80/ok: 503, not 200"):
         low.test_real_servers_answer(ask("503", "yes"), found.services)
@@ -355,6 +354,8 @@ def test_real_servers_answer(tmp_path: Path) -> None:
 
 def test_toa() -> None:
     high.test_toa_is_there(asker(toa="yes"))
+    with complaint("neither the module toa is loaded nor toa-bpf runs"):
+        high.test_toa_is_there(asker(toa=""))
 
 
 def test_addresses_are_read() -> None:
