@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import difflib
 import io
+import re
 import shlex
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -73,12 +74,17 @@ class Plan:
             found.append("network")
         if any(path.startswith("/etc/sysctl.d/") for path in paths):
             found.append("sysctl")
-        if any(path.startswith("/etc/keepalived/") for path in paths):
+        if self.keepalived:
             found.append("keepalived")
         if "/etc/lvs/host.conf" in paths or "network" in found:
             found.append("rc-local")
         found += [daemon for daemon in ROUTING if f"/etc/quagga/{daemon}.conf" in paths]
         return tuple(found)
+
+    @property
+    def keepalived(self) -> list[Change]:
+        """The changes of keepalived's files."""
+        return [change for change in self.changes if change.path.startswith("/etc/keepalived/")]
 
     def lines(self) -> list[str]:
         """The diffs of all files."""
@@ -216,12 +222,14 @@ def change(remote: Remote, plan: Plan, gate: Gate, drain: float) -> None:
     remote.run(f"umask 077; mkdir -p {STATE}; chmod 711 {STATE}", what="making room")
     remote.put(pack(plan.files), f"{STATE}/new.tar")
     remote.run(_UNPACK, what="the new files' own checkers")
-    remote.run(_keep(paths, plan.areas, int(drain) + _GRACE), what="keeping the old files")
+    back = rebinding([(c.new, c.old) for c in plan.keepalived])
+    remote.run(_keep(paths, plan.areas, back, int(drain) + _GRACE), what="keeping the old files")
     try:
         remote.run(_install([file.path for file in plan.files], [c.path for c in plan.changes if c.new is None]))
         before = [f"ip address replace {address} dev {device}" for address, device in added]
         first = [area for area in plan.areas if area in ("network", "sysctl", "keepalived")]
-        remote.run("\n".join([*before, *(_ACT[area] for area in first)]), what=f"changing {' '.join(first)}")
+        vips = rebinding([(c.old, c.new) for c in plan.keepalived])
+        remote.run("\n".join([*before, *(_ACT[area] for area in first), *vips]), what=f"changing {' '.join(first)}")
         if gone and "keepalived" in plan.areas:
             drained(remote, [address.split("/")[0] for address, _ in gone], drain)
         rest = [area for area in plan.areas if area not in first]
@@ -264,6 +272,35 @@ def local_addresses(plan: Plan) -> tuple[list[tuple[str, str]], list[tuple[str, 
         found.append({f"{word}/{128 if ':' in word else 32}": device for word in words})
     old, new = found
     return [(a, d) for a, d in old.items() if new.get(a) != d], [(a, d) for a, d in new.items() if old.get(a) != d]
+
+
+# What a service's quorum_up does; keepalived runs it when the quorum comes, and not when a reload changes the script.
+_BOUND = re.compile(r"ip addr add (\S+) dev (\S+?);")
+
+
+def _bound(file: File | None) -> dict[str, str]:
+    return {} if file is None else dict(_BOUND.findall(file.content))
+
+
+def rebinding(changes: Sequence[tuple[File | None, File | None]]) -> list[str]:
+    """The commands that bring VIPs bound by scripts to what they would be, had their service started with its new file.
+
+    Args:
+        changes: keepalived's files, each before and after.
+    """
+    before, after = ([_bound(pair[n]) for pair in changes] for n in (0, 1))
+    wanted = {vip for vips in after for vip in vips}
+    lines = []
+    for old, new in zip(before, after, strict=True):
+        lines += [f"ip address del {vip} dev {dev} 2>/dev/null || :" for vip, dev in old.items() if vip not in wanted]
+        stays = next((vip for vip in old if vip in new), None)
+        for vip, dev in new.items():
+            # Bound as the others of its service are; the first of a new service waits for the quorum.
+            if vip not in old and stays is not None:
+                lines.append(
+                    f'[ -z "$(ip -o address show dev {dev} to {stays})" ] || ip address replace {vip} dev {dev}'
+                )
+    return lines
 
 
 def drained(remote: Remote, addresses: Sequence[str], seconds: float) -> None:
@@ -316,7 +353,9 @@ if [ -e new/etc/keepalived/keepalived.conf ]; then
 fi
 for daemon in {" ".join(ROUTING)}; do
     if [ -e new/etc/quagga/$daemon.conf ]; then
-        /usr/sbin/$daemon -C -f {STATE}/new/etc/quagga/$daemon.conf >&2
+        said=$(/usr/sbin/$daemon -C -f {STATE}/new/etc/quagga/$daemon.conf 2>&1) || {{ echo "$said" >&2; exit 1; }}
+        # A line that it does not know is no failure for it.
+        case $said in *"on config line"*) echo "$daemon.conf: $said" >&2; exit 1 ;; esac
     fi
 done
 """
@@ -352,12 +391,13 @@ _ACT: Mapping[str, str] = {
 _DONE = f"systemctl stop {_UNIT}.timer 2>/dev/null || :; systemctl reset-failed {_UNIT} 2>/dev/null || :"
 
 
-def _keep(paths: Sequence[str], areas: Sequence[str], seconds: int) -> str:
+def _keep(paths: Sequence[str], areas: Sequence[str], back: Sequence[str], seconds: int) -> str:
     """Keep what is there, write down how to go back, and have the host do so by itself in a while."""
     words = " ".join(shlex.quote(path) for path in paths)
     # Local addresses first, which keepalived's old file refers to. With the old files in place each service is told,
     # even if another one fails; what it says is shown.
     acts = "".join(_ACT[area] for area in ("network", "sysctl", "rc-local", "keepalived", *ROUTING) if area in areas)
+    acts += "".join(f"{line}\n" for line in back)
     rollback = (
         f"cd {STATE}\nxargs -r rm -f <absent\ncp -a old/. /\n/usr/lib/lvsforge/drop-stale-files\nset +e\n{acts}exit 0"
     )

@@ -95,7 +95,8 @@ class _Reader:
         prefixes = tuple(self.prefixes(data.get("vip_prefixes")))
         instances = tuple(self.instances(data.get("vrrp")))
         names = tuple(name for _, item in mappings(data.get("directors")) if (name := text_of(item.get("name"))))
-        reader = ServiceReader(self.problems, mode, prefixes, pools, instances, names)
+        scripts = data.get("vip_binding") == "scripts"
+        reader = ServiceReader(self.problems, mode, prefixes, pools, instances, names, scripts=scripts)
         services = tuple(reader.services(data.get("services")))
         self.vips = reader.vips
         directors, real_servers = self.all_hosts(data, mode, keys, services)
@@ -125,6 +126,8 @@ class _Reader:
                 self.problems.add(name, f"missing; mode {name} needs it")
             elif mode in ("ospf", "vrrp") and mode != name and name in data:
                 self.problems.add(name, f"this cluster's mode is {mode}")
+        if mode == "vrrp" and "vip_binding" in data:
+            self.problems.add("vip_binding", "only mode ospf has it: VRRP binds its VIPs")
 
     def secret(self, data: Any, place: str, longest: int) -> Secret | None:
         if data is None or not self.secrets:

@@ -134,7 +134,7 @@ class Service:
 
     Attributes:
         pool: the local addresses' group; None where it does not forward by FNAT.
-        bind_device: where keepalived itself binds and counts VIPs, because other services have some of them too.
+        bind_device: where keepalived itself binds and counts VIPs; None where scripts do so, or VRRP.
         directors: names of those that serve it.
         sorry: at most one of each family.
     """

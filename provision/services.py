@@ -37,6 +37,7 @@ class ServiceReader:
         pools: by name.
         instances: of mode vrrp.
         directors: names of all directors.
+        scripts: VIPs are bound by quorum_up and quorum_down, where no other service has them too.
     """
 
     def __init__(
@@ -47,6 +48,8 @@ class ServiceReader:
         pools: Mapping[str, Pool],
         instances: tuple[Instance, ...],
         directors: tuple[str, ...],
+        *,
+        scripts: bool = False,
     ) -> None:
         self.problems = problems
         self.mode = mode
@@ -54,6 +57,7 @@ class ServiceReader:
         self.pools = pools
         self.instances = instances
         self.directors = directors
+        self.scripts = scripts
         self.vips: dict[Address, str] = {}  # where each was first seen
 
     def services(self, value: Any) -> Iterator[Service]:
@@ -78,8 +82,9 @@ class ServiceReader:
                     self.once(taken, f"{vip} port {port}/{service.protocol}", f"{place}.vips[{m}]")
             found.append(service)
         for service in found:
-            shared = self.mode == "ospf" and any(users.get(vip, 0) > 1 for vip in service.vips)
-            yield dataclasses.replace(service, bind_device="lo") if shared else service
+            # Scripts cannot count: with the first of two services to lose its quorum the VIP of both would go.
+            counted = not self.scripts or any(users.get(vip, 0) > 1 for vip in service.vips)
+            yield dataclasses.replace(service, bind_device="lo" if self.mode == "ospf" and counted else None)
 
     def service_vips(self, value: Any, place: str) -> Iterator[tuple[int, Address]]:
         seen: set[Address] = set()

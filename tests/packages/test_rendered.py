@@ -59,6 +59,9 @@ def judge(trees: dict[str, Path], tmp_path: Path) -> Judge:
     """Run a daemon on a file of a rendered host, in the build root, which has the libraries."""
     (tmp_path / "passwd").write_text("root:x:0:0::/root:/bin/sh\nfrr:x:990:990::/run/frr:/usr/sbin/nologin\n")
     (tmp_path / "group").write_text("root:x:0:\nfrr:x:990:\nfrrvty:x:991:frr,root\n")
+    logs = tmp_path / "log"
+    logs.mkdir(mode=0o777)
+    logs.chmod(0o777)  # the daemons open their logs as frr
     sandbox: Sandbox = build.room(Store()).sandbox()
 
     def start(daemon: str, etc: Path, *words: str) -> run.Result:
@@ -69,6 +72,7 @@ def judge(trees: dict[str, Path], tmp_path: Path) -> Judge:
         return sandbox.run(
             ["python3", "-c", LINKS, f"/build/tree/usr/sbin/{daemon}", *words],
             ro_binds=binds,
+            binds={logs: "/var/log"},
             env={"LD_LIBRARY_PATH": "/build/tree/usr/lib/frr", "PYTHONPATH": "/build/python"},
             check=False,
         )
@@ -87,14 +91,6 @@ def directors(path: Path, out: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("path", ALL, ids=name_of)
-def test_keepalived_takes_its_files(path: Path, tmp_path: Path, judge: Judge) -> None:
-    """And has nothing to remark: not even a warning."""
-    for etc in directors(path, tmp_path / "out"):
-        result = judge("keepalived", etc, "--config-test", "--use-file", "/build/etc/keepalived/keepalived.conf")
-        assert (result.returncode, result.stdout + result.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("path", ALL, ids=name_of)
 def test_routing_daemons_take_their_files(path: Path, tmp_path: Path, judge: Judge) -> None:
     count = 0
     for etc in directors(path, tmp_path / "out"):
@@ -103,19 +99,15 @@ def test_routing_daemons_take_their_files(path: Path, tmp_path: Path, judge: Jud
                 count += 1
                 result = judge(daemon, etc, "-C", "-f", f"/build/etc/quagga/{daemon}.conf")
                 said = result.stdout + result.stderr
-                assert result.returncode == 0, said
-                assert "Unknown command" not in said and "% " not in said, said
+                # A line that it does not know is no failure for it.
+                assert result.returncode == 0 and "on config line" not in said, said
     assert count or clusters.load(path).mode == "vrrp"
 
 
 def test_the_checkers_can_refuse(tmp_path: Path, judge: Judge) -> None:
     (etc, *_) = directors(ALL[0], tmp_path / "out")
-    conf = etc / "keepalived/keepalived.conf"
-    conf.write_text(conf.read_text().replace("local_address_group", "lokal_address_group"))
-    result = judge("keepalived", etc, "--config-test", "--use-file", "/build/etc/keepalived/keepalived.conf")
-    assert result.returncode != 0
     for daemon, word in (("zebra", "hostname"), ("ospfd", " ospf router-id")):
         conf = etc / f"quagga/{daemon}.conf"
         conf.write_text(conf.read_text().replace(word, f"x{word.strip()}"))
         result = judge(daemon, etc, "-C", "-f", f"/build/etc/quagga/{daemon}.conf")
-        assert result.returncode != 0 or "Unknown command" in result.stdout + result.stderr
+        assert "on config line" in result.stdout + result.stderr

@@ -23,7 +23,7 @@ from provision import apply as applying
 from provision import cluster as clusters
 from provision import operations as ops
 from provision import render, rollout
-from provision.host import Host
+from provision.host import File, Host
 from provision.model import Cluster
 from provision.remote import Answer, Remote, braced
 from tests.unit.test_provision_cluster import OSPF, VRRP
@@ -47,11 +47,14 @@ esac
 echo "$name $*" >>/var/lib/calls
 ! grep -qxF -- "$name $*" /var/lib/failing 2>/dev/null
 """
-# A checker that reads: a file with the word `broken` in it does not pass.
+# A checker that reads: a file with the word `broken` in it does not pass. Routing daemons say so, and exit with 0.
 CHECKER = """#!/bin/sh
 for file; do :; done
 case "$*" in *new*) ;; *) exit 9 ;; esac
-! grep -rq broken "${file%/*}" || { echo "$file: broken" >&2; exit 1; }
+case ${0##*/} in
+    keepalived) ! grep -rq broken "${file%/*}" || { echo "$file: broken" >&2; exit 1; } ;;
+    *) ! grep -q broken "$file" || echo "No such command on config line 2: hostname broken" >&2 ;;
+esac
 """
 FAKES = ("systemctl", "systemd-run", "ipvsadm", "ip", "networkctl", "cloud-init")
 
@@ -265,6 +268,45 @@ def test_what_is_not_wanted_any_more_goes(lab: Lab, folder: Path) -> None:
     assert "systemctl stop ospf6d" in lab.calls("lvs-1"), "no IPv6 is announced any more"
 
 
+def test_vips_bound_by_scripts_follow_their_file(lab: Lab, folder: Path) -> None:
+    """keepalived runs quorum_up when a quorum comes, not for a VIP more: it is bound as those beside it are."""
+    first = cluster_of(folder, vip_binding="scripts")
+    applying.apply(first, ["lvs-1"], lab.connect, well)
+    lab.calls("lvs-1")
+    services = copy.deepcopy(OSPF["services"])
+    services[0]["vips"] = ["203.0.113.1", "203.0.113.9"]
+    cluster = cluster_of(folder, vip_binding="scripts", services=services)
+    with pytest.raises(BuildError):
+        applying.apply(cluster, ["lvs-1"], lab.connect, sick)
+    assert acts(lab.calls("lvs-1")) == [
+        "systemctl reload-or-restart keepalived",
+        "ip address del 203.0.113.2/32 dev lo",
+        "ip -o address show dev lo to 203.0.113.1/32",  # the fake prints nothing: not bound here
+        "systemctl reload-or-restart keepalived",
+        "ip address del 203.0.113.9/32 dev lo",
+        "ip -o address show dev lo to 203.0.113.1/32",
+    ]
+    services = services[1:]
+    applying.apply(cluster_of(folder, vip_binding="scripts", services=services), ["lvs-1"], lab.connect, well)
+    assert acts(lab.calls("lvs-1")) == [
+        "systemctl reload-or-restart keepalived",
+        "ip address del 203.0.113.1/32 dev lo",
+        "ip address del 203.0.113.2/32 dev lo",
+    ]
+
+
+def test_a_vip_more_is_bound_where_the_others_are() -> None:
+    old, new = (
+        File("/etc/keepalived/x.conf", f'    quorum_up "{text}"\n    quorum_down "ip addr del x dev lo;"\n', 0o640)
+        for text in ("ip addr add 1.1.1.1/32 dev lo;", "ip addr add 1.1.1.1/32 dev lo; ip addr add 1.1.1.3/32 dev lo;")
+    )
+    assert applying.rebinding([(old, new)]) == [
+        '[ -z "$(ip -o address show dev lo to 1.1.1.1/32)" ] || ip address replace 1.1.1.3/32 dev lo'
+    ]
+    assert applying.rebinding([(new, old)]) == ["ip address del 1.1.1.3/32 dev lo 2>/dev/null || :"]
+    assert applying.rebinding([(None, new)]) == []
+
+
 def test_a_local_address_goes_when_its_connections_have_ended(lab: Lab, folder: Path) -> None:
     applying.apply(cluster_of(folder), ["lvs-1"], lab.connect, well)
     lab.calls("lvs-1")
@@ -297,6 +339,15 @@ def test_a_file_that_its_daemon_refuses_is_not_installed(lab: Lab, folder: Path)
     assert lab.files("lvs-1") == before
     assert lab.calls("lvs-1") == [], "no timer, nothing told"
     assert "lvs-2" not in lab.roots, "the next host was not asked"
+
+
+def test_a_line_that_a_routing_daemon_does_not_know_is_not_installed(lab: Lab, folder: Path) -> None:
+    directors = copy.deepcopy(OSPF["directors"])
+    directors[0]["hostnames"] = {"zebra": "broken"}
+    with pytest.raises(BuildError) as caught:
+        applying.apply(cluster_of(folder, directors=directors), ["lvs-1"], lab.connect, well)
+    assert caught.value.details == ("zebra.conf: No such command on config line 2: hostname broken",)
+    assert lab.files("lvs-1") == {}
 
 
 @pytest.mark.parametrize("failing", ["", "systemctl reload-or-restart keepalived", "systemctl restart rc-local"])
@@ -342,7 +393,7 @@ def test_a_change_that_was_cut_off_is_undone_first(lab: Lab, folder: Path) -> No
         remote.run(f"mkdir -p {applying.STATE}")
         remote.put(applying.pack(plan.files), f"{applying.STATE}/new.tar")
         remote.run(applying._UNPACK)
-        remote.run(applying._keep([c.path for c in plan.changes], plan.areas, 660))
+        remote.run(applying._keep([c.path for c in plan.changes], plan.areas, [], 660))
         remote.run(applying._install([f.path for f in plan.files], [c.path for c in plan.changes if c.new is None]))
         assert lab.files("lvs-1") != before
         applying.go_back_if_left(remote)

@@ -562,6 +562,10 @@ BAD_VRRP: dict[str, tuple[Change, list[str]]] = {
         ["vrrp: missing; mode vrrp needs it"],
     ),
     "ospf beside vrrp": (at("ospf", {"area": "1"}), ["ospf: this cluster's mode is vrrp"]),
+    "VIPs bound by scripts": (
+        at("vip_binding", "scripts"),
+        ["vip_binding: only mode ospf has it: VRRP binds its VIPs"],
+    ),
     "id twice on a link": (
         at("vrrp.instances.1.id", 200),
         ["vrrp.instances[1].id: 200 is taken on the uplink by vrrp.instances[0].id"],
