@@ -91,6 +91,14 @@ def directors(path: Path, out: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_keepalived_takes_its_files(path: Path, tmp_path: Path, judge: Judge) -> None:
+    """And has nothing to remark: not even a warning."""
+    for etc in directors(path, tmp_path / "out"):
+        result = judge("keepalived", etc, "--config-test", "--use-file", "/build/etc/keepalived/keepalived.conf")
+        assert (result.returncode, result.stdout + result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
 def test_routing_daemons_take_their_files(path: Path, tmp_path: Path, judge: Judge) -> None:
     count = 0
     for etc in directors(path, tmp_path / "out"):
@@ -111,3 +119,11 @@ def test_the_checkers_can_refuse(tmp_path: Path, judge: Judge) -> None:
         conf.write_text(conf.read_text().replace(word, f"x{word.strip()}"))
         result = judge(daemon, etc, "-C", "-f", f"/build/etc/quagga/{daemon}.conf")
         assert "on config line" in result.stdout + result.stderr
+
+
+def test_keepalived_can_refuse(tmp_path: Path, judge: Judge) -> None:
+    (etc, *_) = directors(ALL[0], tmp_path / "out")
+    conf = etc / "keepalived/web.conf"
+    conf.write_text(conf.read_text().replace("delay_loop", "delay_lop"))
+    result = judge("keepalived", etc, "--config-test", "--use-file", "/build/etc/keepalived/keepalived.conf")
+    assert result.returncode != 0 and "delay_lop" in result.stdout + result.stderr
