@@ -184,6 +184,23 @@ def _remove(items: CommentedSeq, number: int) -> None:
         _give_comments(items, number - 1, after)
 
 
+def _set(mapping: CommentedMap, key: str, value: Any) -> None:
+    """Add a key behind the last one, before what stands after the mapping."""
+    after = _taken_comments(mapping, next(reversed(mapping))) if mapping and not mapping.fa.flow_style() else None
+    mapping[key] = value
+    if after:
+        _give_comments(mapping, key, after)
+
+
+def _unset(mapping: CommentedMap, key: str) -> None:
+    """Remove a key; what stands after the mapping stays."""
+    keys = list(mapping)
+    after = _taken_comments(mapping, key) if keys[-1] == key and len(keys) > 1 else None
+    del mapping[key]
+    if after:
+        _give_comments(mapping, keys[-2], after)
+
+
 def _last_leaf(items: Any, key: Any) -> tuple[Any, Any]:
     """Where the comment after a member hangs: at its last scalar."""
     value = items[key]
@@ -198,7 +215,7 @@ def _slot(where: Any) -> int:
     return 2 if isinstance(where, CommentedMap) else 0
 
 
-def _taken_comments(items: CommentedSeq, number: int) -> Any:
+def _taken_comments(items: Any, number: Any) -> Any:
     """Take away the lines after a member, but for a remark on its own line."""
     where, key = _last_leaf(items, number)
     tokens = where.ca.items.get(key)
@@ -218,7 +235,7 @@ def _taken_comments(items: CommentedSeq, number: int) -> Any:
     return taken
 
 
-def _give_comments(items: CommentedSeq, number: int, token: Any) -> None:
+def _give_comments(items: Any, number: Any, token: Any) -> None:
     where, key = _last_leaf(items, number)
     tokens = where.ca.items.setdefault(
         key, [None, None, None, None] if isinstance(where, CommentedMap) else [None, None]
@@ -316,13 +333,17 @@ def add_local_address(path: Path, director: str, address: str, pool: str) -> Cha
         if number is not None and wanted in _full_share(cluster, director, name):
             _remove(without, number)
             if not without:
-                del data["local_addresses"][name]["without"]
+                _unset(data["local_addresses"][name], "without")
             return
-        extra = entry.setdefault("local_addresses", CommentedMap())
-        if name not in extra:
-            extra[name] = CommentedSeq()
-            extra[name].fa.set_flow_style()
-        _append(extra[name], str(wanted))
+        new = CommentedSeq()
+        new.fa.set_flow_style()
+        if "local_addresses" not in entry:
+            new.append(str(wanted))
+            _set(entry, "local_addresses", CommentedMap({name: new}))
+            return
+        if name not in entry["local_addresses"]:
+            _set(entry["local_addresses"], name, new)
+        _append(entry["local_addresses"][name], str(wanted))
 
     return change
 
@@ -336,10 +357,10 @@ def remove_local_address(path: Path, director: str, address: str, pool: str) -> 
         extra = (entry.get("local_addresses") or {}).get(name, [])
         if (number := _position(extra, wanted)) is not None:
             _remove(extra, number)
-            if not extra:
-                del entry["local_addresses"][name]
-            if not entry["local_addresses"]:
-                del entry["local_addresses"]
+            if not extra and len(entry["local_addresses"]) == 1:
+                _unset(entry, "local_addresses")
+            elif not extra:
+                _unset(entry["local_addresses"], name)
             return
         mine = next(each for each in cluster.directors if each.name == director)
         if wanted not in mine.local_addresses.get(name, ()):
@@ -347,9 +368,11 @@ def remove_local_address(path: Path, director: str, address: str, pool: str) -> 
             raise BuildError(f"{director} has no local address {wanted} in {name}", f"choose among {known}")
         entry = data["local_addresses"][name]
         if "without" not in entry:
-            entry["without"] = CommentedSeq()
-            entry["without"].fa.set_flow_style()
-        _append(entry["without"], str(wanted))
+            new = CommentedSeq([str(wanted)])
+            new.fa.set_flow_style()
+            _set(entry, "without", new)
+        else:
+            _append(entry["without"], str(wanted))
 
     return change
 

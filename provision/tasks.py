@@ -20,9 +20,9 @@ _HOST = {"host": "only this host; may be given several times"}
 
 
 @command("dry_run", iterable=["host"], help={**_CLUSTER, **_HOST, "out": "the folder to write"})
-def render(_c: Any, cluster: str, out: str = "out/hosts", host: Any = ()) -> None:
+def render(_c: Any, cluster: str, out: str = "out/hosts", host: Any = None) -> None:
     """Render each host's files and its cloud-init seed from the cluster file."""
-    targets = rendering.render_cluster(Path(cluster), settings.TOP / out, host)
+    targets = rendering.render_cluster(Path(cluster), settings.TOP / out, host or ())
     progress.note(f"{len(targets)} hosts in {settings.TOP / out}")
 
 
@@ -64,16 +64,16 @@ def _where(ssh_config: str, client: str = "") -> Where:
 
 
 @command(iterable=["host"], help={**_CLUSTER, **_HOST, **_REACH})
-def plan(_c: Any, cluster: str, host: Any = (), ssh_config: str = "") -> None:
+def plan(_c: Any, cluster: str, host: Any = None, ssh_config: str = "") -> None:
     """Show per host what `apply` would change."""
     found = clusters.load(Path(cluster))
-    print("\n".join(applying.plan(found, host, opener(_where(ssh_config).ssh_config))))
+    print("\n".join(applying.plan(found, host or (), opener(_where(ssh_config).ssh_config))))
 
 
 @command("dry_run", iterable=["host"], help={**_CLUSTER, **_HOST, **_REACH, **_DRAIN})
-def apply(_c: Any, cluster: str, host: Any = (), ssh_config: str = "", drain: float = 60.0) -> None:
+def apply(_c: Any, cluster: str, host: Any = None, ssh_config: str = "", drain: float = 60.0) -> None:
     """Bring hosts to what the cluster file says, one at a time, each checked; the first failure is rolled back."""
-    print("\n".join(rollout.apply(Path(cluster), host, rollout.Options(True, _where(ssh_config), drain))))
+    print("\n".join(rollout.apply(Path(cluster), host or (), rollout.Options(True, _where(ssh_config), drain))))
 
 
 @command(
@@ -88,11 +88,11 @@ def apply(_c: Any, cluster: str, host: Any = (), ssh_config: str = "", drain: fl
     },
 )
 def check(
-    _c: Any, cluster: str, host: Any = (), ssh_config: str = "", client: str = "", junit: str = "", json: str = ""
+    _c: Any, cluster: str, host: Any = None, ssh_config: str = "", client: str = "", junit: str = "", json: str = ""
 ) -> None:
     """Check running hosts as the operations manual asks (1j), against the cluster file."""
     found = clusters.load(Path(cluster), secrets=False)
-    print("\n".join(checking.check(found, host, _where(ssh_config, client), _file(junit), _file(json))))
+    print("\n".join(checking.check(found, host or (), _where(ssh_config, client), _file(junit), _file(json))))
 
 
 @command(help={**_CLUSTER, "out": "where `invoke render` writes"})

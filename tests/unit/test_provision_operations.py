@@ -172,6 +172,16 @@ def test_what_stands_between_services_stays(path: Path) -> None:
     assert edit.after.endswith("        port: 81\n      - address: 198.51.100.3\n        weight: 7\n\n# the end\n")
 
 
+def test_what_stands_after_a_mapping_stays_there(path: Path) -> None:
+    edit = ops.edit(path, ops.remove_local_address(path, "lvs-1", "192.168.100.3", ""))
+    assert "    per_director: 5\n    without: [192.168.100.3]\n\ndirectors:\n" in edit.after
+    edit = ops.edit(path, ops.add_local_address(path, "lvs-1", "192.168.100.77", ""))
+    assert (
+        "    downlink: eth1\n    local_addresses:\n      laddr_g1: [192.168.100.77]\n\n  # the second one\n"
+        in edit.after
+    )
+
+
 def test_there_and_back_again(path: Path) -> None:
     """Each operation, then the one that undoes it: the file is as it was."""
     pairs: list[tuple[Operation, Operation]] = [
