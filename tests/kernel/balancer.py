@@ -10,6 +10,7 @@ import re
 import signal
 from collections.abc import Callable, Iterable, Sequence
 
+from pipeline.errors import BuildError
 from tests.kernel.lab import Namespace
 from tests.kernel.machine import Background, Done, Failed
 
@@ -68,7 +69,7 @@ class Balancer:
         """Wait until it says something."""
         try:
             self.host.wait_until(lambda: bool(self.said(pattern, since)), f"keepalived says {pattern!r}", seconds)
-        except Exception as error:
+        except BuildError as error:
             raise Failed("\n".join([str(error), *self.log()[since:][-40:]])) from None
 
     def reload(self) -> list[str]:
@@ -132,7 +133,7 @@ class Balancer:
         wanted = sorted(lines)
         try:
             self.host.wait_until(lambda: self.programmed() == wanted, "the services", seconds)
-        except Exception as error:
+        except BuildError as error:
             found = self.programmed()
             difference = [f"- {line}" for line in wanted if line not in found]
             difference += [f"+ {line}" for line in found if line not in wanted]
@@ -161,5 +162,5 @@ class Balancer:
         """Wait for a state; the failure says what is instead."""
         try:
             self.host.wait_until(probe, "the state", seconds)
-        except Exception:
+        except BuildError:
             raise Failed("\n".join([what(), *(self.log()[-40:] if self.job else [])])) from None
