@@ -5,19 +5,21 @@ No kernel is needed for that. What is done with a configuration is for tests/ker
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from pipeline import rpm, run, settings
-from pipeline.store import Store
+from pipeline.store import Stage, Store
 from tools import build
 
 pytestmark = pytest.mark.build
 
 MANUAL = settings.TOP / "provision/examples/manual/ospf/etc/keepalived"
 FILE = "/build/etc/keepalived.conf"
+SAMPLES = "usr/share/doc/keepalived/samples/keepalived.conf"
 Check = Callable[..., run.Result]
 
 GROUP = "local_address_group g {\n10.0.0.5\nfd00::5\n}\n"
@@ -44,24 +46,45 @@ def virtual(*more: str, where: str = "192.0.2.1 80", real: str = "10.1.0.2 80", 
     return "\n".join([f"virtual_server {where} {{", *lines, f"real_server {real} {{", "}", "}", ""])
 
 
-@pytest.fixture(scope="session")
-def check(tmp_path_factory: pytest.TempPathFactory) -> Check:
-    """Runs `--config-test` on files."""
-    store = Store()
-    room = build.room(store)
-    (package,) = build.packages(store.ensure(room.stage("keepalived")))
-    folder = tmp_path_factory.mktemp("keepalived")
-    rpm.unpack(room.sandbox(), package, folder / "root")
+class Program:
+    """A build of keepalived, unpacked."""
 
-    def made(text: str, others: Mapping[str, str] | None = None, *words: str) -> run.Result:
+    def __init__(self, room: build.Tools, stage: Stage, folder: Path) -> None:
+        self.room = room
+        self.root = folder / "root"
+        (package,) = build.packages(room.store.ensure(stage))
+        rpm.unpack(room.sandbox(), package, self.root)
+
+    def check(self, text: str, others: Mapping[str, str] | None = None, *words: str) -> run.Result:
+        """`--config-test` of files."""
         with run.temporary_directory("lvsforge-keepalived-") as etc:
             for name, content in {"keepalived.conf": text, **(others or {})}.items():
                 (etc / name).write_text(content, encoding="utf-8")
-            inside = {folder / "root/usr/sbin/keepalived": "/build/keepalived", etc: "/build/etc"}
-            command = ["/build/keepalived", "--config-test", "-f", FILE, *words]
-            return room.sandbox().run(command, ro_binds=inside, check=False)
+            inside = {self.root / "usr/sbin/keepalived": "/build/keepalived", etc: "/build/etc"}
+            command = ["timeout", "60", "/build/keepalived", "--config-test", "-f", FILE, *words]
+            result = self.room.sandbox().run(command, ro_binds=inside, check=False)
+        assert 0 <= result.returncode < 100, f"it did not end by itself: {result.returncode}"
+        return result
 
-    return made
+
+@pytest.fixture(scope="session")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """The package as it ships."""
+    room = build.room(Store())
+    return Program(room, room.stage("keepalived"), tmp_path_factory.mktemp("keepalived"))
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """Unpatched keepalived."""
+    room = build.room(Store())
+    return Program(room, room.variant("keepalived", "stock", series=False), tmp_path_factory.mktemp("stock"))
+
+
+@pytest.fixture(scope="session")
+def check(ours: Program) -> Check:
+    """Runs `--config-test` on files."""
+    return ours.check
 
 
 def accepted(result: run.Result) -> None:
@@ -251,7 +274,25 @@ def test_errors_name_the_file_that_is_included(check: Check) -> None:
 def test_a_comment_without_an_end(check: Check) -> None:
     result = check("\n/* a comment\nlocal_address_group f {\n10.0.0.1\n}\n")
     assert result.returncode != 0
-    assert "The comment that starts on line 2 has no end" in result.stderr
+    assert f"({FILE}: Line 2) The comment that starts here has no end" in result.stderr.splitlines()
+
+
+def test_a_block_without_an_end(check: Check) -> None:
+    """Its beginning is told; what follows it is not what is wrong."""
+    group_ = "local_address_group f {\n10.0.0.1\n}\n"
+    broken = virtual("syn_proxy", method="NAT").rstrip().removesuffix("}")
+    result = check(group_ + "include web.conf\n", {"web.conf": "\n" + broken})
+    assert result.returncode != 0
+    said = "(web.conf: Line 2) The block that starts here has no end: there are 1 missing '}'s or extra '{'s"
+    assert set(result.stderr.splitlines()) == {said}
+    result = check(group_ + "}\n")
+    assert f"({FILE}: Line 4) Extra '}}' found" in result.stderr.splitlines()
+
+
+def test_a_file_that_is_not_there(check: Check) -> None:
+    result = check("\nincludea none.conf\n")
+    assert result.returncode != 0
+    assert f"({FILE}: Line 2) Config files missing 'none.conf'." in result.stderr.splitlines()
 
 
 def test_lists_of_commands_and_script_security(check: Check) -> None:
@@ -262,15 +303,37 @@ def test_lists_of_commands_and_script_security(check: Check) -> None:
     assert "is a list of commands, which enable_script_security does not allow for root" in result.stderr
 
 
-def test_the_manual_page_and_the_sample_are_there(tmp_path: Path) -> None:
-    store = Store()
-    room = build.room(store)
-    (package,) = build.packages(store.ensure(room.stage("keepalived")))
-    rpm.unpack(room.sandbox(), package, tmp_path)
-    assert (tmp_path / "usr/share/doc/keepalived/samples/keepalived.conf.fullnat").exists()
-    page = room.sandbox().run(
+def test_the_manual_page_and_the_sample_are_there(ours: Program) -> None:
+    assert (ours.root / f"{SAMPLES}.fullnat").exists()
+    page = ours.room.sandbox().run(
         ["sh", "-c", "zcat /build/page.gz"],
-        ro_binds={tmp_path / "usr/share/man/man5/keepalived.conf.5.gz": "/build/page.gz"},
+        ro_binds={ours.root / "usr/share/man/man5/keepalived.conf.5.gz": "/build/page.gz"},
     )
     for keyword in ("local_address_group", "laddr_group_name", "syn_proxy", "est_timeout", "vip_bind_dev", "FNAT"):
         assert keyword in page.stdout
+
+
+def test_the_sample_is_right(ours: Program) -> None:
+    """Apart from an interface that is not there."""
+    said = ours.check((ours.root / f"{SAMPLES}.fullnat").read_text(encoding="utf-8")).stderr.splitlines()
+    assert [line for line in said if "there is no interface eth1" not in line] == []
+
+
+def test_upstreams_samples_are_read_as_upstream_reads_them(ours: Program, stock: Program) -> None:
+    """keepalived has no tests of its own; its samples are what there is."""
+    folder = stock.root / Path(SAMPLES).parent
+    samples = sorted(folder.glob("keepalived.conf.*"))
+    assert len(samples) > 20
+    for sample in samples:
+        text = sample.read_text(encoding="utf-8")
+        now = said(ours.check(text).stderr)
+        if sample.suffix == ".SMTP_CHECK":  # unpatched keepalived does not come to an end of it
+            assert not [line for line in now if "SMTP_CHECK host block is deprecated" not in line]
+            continue
+        theirs = said(stock.check(text).stderr)
+        assert now == [line for line in theirs if not line.startswith("nb_get_retry is deprecated")], sample.name
+
+
+def said(text: str) -> list[str]:
+    """Messages without their places: unpatched keepalived leaves out the name of the only file."""
+    return [re.sub(r"^\((?:\S+: )?Line \d+\) ", "", line) for line in text.splitlines()]
