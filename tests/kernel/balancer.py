@@ -1,24 +1,26 @@
 """keepalived on a director: files as an operator writes them, the daemon, what it says, and what the kernel then has.
 
-It runs in the foreground and logs to its standard error. A build with sanitizers writes what it finds to files, which
-must not be there when it has ended.
+It runs in the foreground and logs to its standard error. The build with sanitizers writes what it finds about addresses
+to files, which must not be there when it has ended, and undefined behaviour to its standard error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 from collections.abc import Callable, Iterable, Sequence
 
 from pipeline.errors import BuildError
 from tests.kernel.lab import Namespace
-from tests.kernel.machine import Background, Done, Failed
+from tests.kernel.machine import SANITIZED, Background, Done, Failed
 
 ETC = "/etc/keepalived"
 PROGRAM = "/usr/sbin/keepalived"
 DUMPED = "/tmp/keepalived_check.data"  # noqa: S108  the guest's; where SIGUSR1 makes it write what it knows
 SYN_PROXY = 0x8000  # the service flag
 _REPORTS = "/tmp/keepalived-sanitizer"  # noqa: S108  the guest's; keepalived/core/sanitizer.c
+_UNDEFINED = ": runtime error: "
 _STAMP = re.compile(r"^\w{3} \w{3} [ \d]\d [\d:]{8} \d{4}: ")
 
 
@@ -27,11 +29,11 @@ class Balancer:
 
     Args:
         host: where.
-        program: another build of it.
+        program: `PROGRAM`, as it ships, or the one with sanitizers.
         options: for its command line.
     """
 
-    def __init__(self, host: Namespace, *, program: str = PROGRAM, options: Sequence[str] = ()) -> None:
+    def __init__(self, host: Namespace, *, program: str = f"{SANITIZED}{PROGRAM}", options: Sequence[str] = ()) -> None:
         self.host = host
         self.guest = host.guest
         self.program = program
@@ -111,15 +113,17 @@ class Balancer:
     def must_be_sound(self, done: Done | None = None) -> None:
         """Fail if a sanitizer found something."""
         found = self.guest.run("sh", "-c", f"cat {_REPORTS}.* 2>/dev/null || :").out
+        found += "\n".join(line for line in (done.out if done else "").splitlines() if _UNDEFINED in line)
         if found:
             raise Failed("\n".join([found[:8000], str(done or "")]))
 
     def end(self) -> None:
         """Whatever happened, nothing of it is left; a sanitizer's findings are a failure in any case."""
         if self.job and self.guest.alive:
-            job, self.job = self.job, None
-            job.hit(signal.SIGTERM)
-            done = job.wait(30, check=False)
+            job, self.job, done = self.job, None, None
+            with contextlib.suppress(Failed):  # if it has ended by itself, the test has failed of that
+                job.hit(signal.SIGTERM)
+                done = job.wait(30, check=False)
             self.must_be_sound(done)
 
     # -- what it did

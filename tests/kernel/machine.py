@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kernel import develop
-from pipeline import progress, rpm, run, sandbox
+from pipeline import progress, rpm, run, sandbox, settings
 from pipeline.debroot import Root
 from pipeline.errors import BuildError
 from pipeline.store import Stage, Store
@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 _9P = "trans=virtio,version=9p2000.L,msize=512000,cache=loose"
 _PORT = "lvsforge.agent"  # as in inside/agent.py
 _PROGRAMS = ("ipvsadm", "keepalived", "quagga", "toa-bpf")  # folders of tools/
+SANITIZED = "/opt/sanitized"  # where the keepalived is that is tested
 # Slower than a plain kernel on the same machine, measured with the tests of stock NAT.
 _DEBUG_SCALE = 3.0
 _MEMORY = {False: 1024, True: 3072}  # MiB; KASAN's shadow and quarantine, kmemleak's and lockdep's tables
@@ -328,18 +329,27 @@ def root(store: Store) -> Root:
     return develop.guest_root(store)
 
 
+def sanitized_keepalived(store: Store) -> Stage:
+    """Our keepalived with the compiler's sanitizers for addresses and undefined behaviour, and with SNMP."""
+    own = Root("root-keepalived", HERE / "keepalived/root.yaml", store, offline=settings.current.offline)
+    return tools.room(store).variant("keepalived", "sanitized", switches=["sanitizers"], root=own)
+
+
 def programs_stage(store: Store) -> Stage:
     """Our packages that are used in the machine, unpacked."""
     room = tools.room(store)
     packages = [room.stage(name) for name in _PROGRAMS]
+    sanitized = sanitized_keepalived(store)
 
     def unpack(out: Path) -> None:
         box = sandbox.Sandbox(store.path(room.root.stage()) / "root")
         for file in (file for package in packages for file in tools.packages(store.path(package))):
             rpm.unpack(box, file, out / "root")
+        for file in tools.packages(store.path(sanitized)):
+            rpm.unpack(box, file, out / f"root{SANITIZED}")
 
     title = f"unpacking {', '.join(_PROGRAMS)}"
-    return Stage("test-programs", {"rev": 2}, unpack, [*packages, room.root.stage()], title=title)
+    return Stage("test-programs", {"rev": 2}, unpack, [*packages, sanitized, room.root.stage()], title=title)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """keepalived on our kernel: FULLNAT, and reloads that change what differs and nothing else.
 
-The real servers here have no checks, so they are up at once. Connections stay open and are used while the configuration
-changes under them.
+The real servers here have no checks where none is needed, so they are up at once; `MISC_CHECK` of a file is one that a
+test decides. Connections stay open and are used while the configuration changes under them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
-from tests.kernel.balancer import SYN_PROXY, Balancer
+from tests.kernel.balancer import ETC, SYN_PROXY, Balancer
+from tests.kernel.lab import Namespace
 from tests.kernel.machine import Background
-from tests.kernel.topology import Site, service
+from tests.kernel.topology import FAMILIES, HOST, Site, service
 
 pytestmark = [pytest.mark.build, pytest.mark.guest]
+UP = "/tmp/up"  # noqa: S108  the guest's; files that checks look for
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,23 @@ class Real:
     Attributes:
         address, port: of it.
         weight: of it.
+        check: the name of a file that must exist; "": it is not checked.
+        more: more lines.
     """
 
     address: str
     port: int = 80
     weight: int = 1
+    check: str = ""
+    more: tuple[str, ...] = ()
 
     def text(self) -> str:
         """Its block."""
-        return "\n".join([f"real_server {self.address} {self.port} {{", f"weight {self.weight}", "}"])
+        lines = [f"weight {self.weight}", *self.more]
+        if self.check:
+            path = f'"/usr/bin/test -e {UP}-{self.check}"'
+            lines += ["MISC_CHECK {", f"misc_path {path}", "delay_loop 1", "retry 1", "delay_before_retry 1", "}"]
+        return "\n".join([f"real_server {self.address} {self.port} {{", *lines, "}"])
 
 
 @dataclass(frozen=True)
@@ -71,15 +81,19 @@ class Virtual:
         lines += [f"lvs_method {self.method}", *([f"laddr_group_name {group}"] if self.locals_ else []), *self.more]
         return "\n".join([*lines, *(real.text() for real in self.reals), "}", ""])
 
-    def lines(self, *, locals_: Sequence[str] = (), timeout: int = 0) -> list[str]:
+    def lines(self, *, locals_: Sequence[str] = (), timeout: int = 0, down: Sequence[str] = ()) -> list[str]:
         """What ipvsadm shows of it when all is well."""
         letter, way = self.protocol[0].lower(), {"FNAT": "-b", "NAT": "-m"}[self.method]
         found = []
         for vip in self.vips:
             where = f"-{letter} {service(vip, self.port)}"
             found.append(f"-A {where} -s rr{f' -V {timeout}' if timeout else ''}")
-            found += [f"-P {where} -z {f'[{local}]' if ':' in local else local}" for local in locals_]
-            found += [f"-a {where} -r {service(real.address, real.port)} {way} -w {real.weight}" for real in self.reals]
+            found += [f"-P {where} -z {local}" for local in locals_]
+            found += [
+                f"-a {where} -r {service(real.address, real.port)} {way} -w {real.weight}"
+                for real in self.reals
+                if real.address not in down
+            ]
         return found
 
 
@@ -91,6 +105,7 @@ class Balanced:
         self.net.serve()
         self.keepalived = Balancer(self.net.director)
         self.guest = self.net.director.guest
+        self.guest.run("sh", "-c", f"rm -f {UP}-*")
 
     def vip(self, family: int, number: int = 0) -> str:
         """A virtual address that is not on the director yet."""
@@ -99,6 +114,10 @@ class Balanced:
     def configure(self, *virtuals: Virtual, head: str = "") -> None:
         """Write the configuration."""
         self.keepalived.configure(head + "\n".join(virtual.text() for virtual in virtuals))
+
+    def up(self, name: str, *, on: bool = True) -> None:
+        """Decide a check."""
+        self.guest.run(*(["touch"] if on else ["rm", "-f"]), f"{UP}-{name}")
 
     def chat(self, address: str, count: int = 4) -> Background:
         """Connections that are used all the time; returns when each has had an answer."""
@@ -137,7 +156,7 @@ def _addresses(net: Site, family: int, count: int = 4) -> list[str]:
     return [net.local(family, number) for number in range(count)]
 
 
-@pytest.mark.parametrize("family", [4])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_reload_changes_what_differs(balanced: Callable[..., Balanced], family: int) -> None:
     where = balanced(servers=3)
     net, keepalived = where.net, where.keepalived
@@ -207,3 +226,272 @@ def test_a_reload_changes_what_differs(balanced: Callable[..., Balanced], family
     keepalived.stop()
     assert keepalived.programmed() == []
     keepalived.must_bind("lo", present - {web.vips[0], other.vips[0]})
+
+
+BROKEN: dict[str, tuple[Callable[[str], str], str]] = {
+    "no group": (lambda text: text.replace("laddr_group_name locals_of_web", "laddr_group_name nobody"),
+                 r"\(.*keepalived.conf: Line \d+\) Virtual server \[web\]:\d+: there is no local_address_group nobody"),
+    "overlap": (lambda text: text.replace("10.0.2.201\n", "10.0.2.199-203\n"),
+                r"\(.*keepalived.conf: Line 6\) local_address_group locals_of_web: 10.0.2.199-203: it overlaps"),
+    "own address": (lambda text: text.replace("10.0.2.201\n", "10.0.2.1\n"),
+                    r"\(.*keepalived.conf: Line 6\) local_address_group locals_of_web: 10.0.2.1: .* interface back"),
+    "empty": (lambda text: text.replace("10.0.2.200\n10.0.2.201\n", ""),
+              r"\(.*keepalived.conf: Line \d+\) .*local_address_group locals_of_web, which FNAT needs, has no IPv4"),
+    "typing error": (lambda text: text.replace("lvs_sched", "lvs_shed"),
+                     r"\(.*keepalived.conf: Line \d+\) Unknown keyword 'lvs_shed'"),
+    "no end": (lambda text: text.rstrip().removesuffix("}"),
+               r"\(.*keepalived.conf: Line 8\) The block that starts here has no end: there are 1 missing '}'s"),
+    "no file": (lambda text: "\nincludea missing.conf\n" + text,
+                r"\(.*keepalived.conf: Line 2\) Config files missing 'missing.conf'"),
+}  # fmt: skip
+
+
+def test_what_is_broken_is_not_loaded(balanced: Callable[..., Balanced]) -> None:
+    where = balanced()
+    net, keepalived = where.net, where.keepalived
+    web = Virtual("web", (net.vip(4),), tuple(Real(a) for a in net.addresses(4)), tuple(_addresses(net, 4, 2)))
+    shown = sorted(web.lines(locals_=_addresses(net, 4, 2)))
+    where.configure(web)
+    keepalived.start()
+    keepalived.must_program(shown)
+    talk = where.chat(web.vips[0])
+    for name, (damage, wanted) in BROKEN.items():
+        broken = damage(web.text())
+        assert broken != web.text(), name
+        keepalived.configure(broken)
+        checked = keepalived.check()
+        assert checked.status != 0, name
+        assert re.search(wanted, checked.err), checked
+        said = keepalived.reload()
+        assert len([line for line in said if re.search(wanted, line)]) == 1, said
+        assert "The new configuration has errors, keeping the old one" in said
+        assert keepalived.programmed() == shown, name
+        where.must_go_on(talk)
+    # Not even a checker that dies reads it.
+    since = len(keepalived.log())
+    where.guest.run("kill", "-KILL", where.guest.read(_checker(where)).strip())
+    keepalived.wait_for("Starting Healthcheck child process", since)
+    keepalived.wait_for("Gained quorum|Activating healthchecker|Initializing ipvs", since)
+    keepalived.must_program(shown)
+    where.must_go_on(talk)
+    # and a good one is
+    where.configure(dataclasses.replace(web, more=("est_timeout 60",)))
+    assert "Reload complete" in keepalived.reload()
+    keepalived.must_program(dataclasses.replace(web).lines(locals_=_addresses(net, 4, 2), timeout=60))
+    keepalived.stop()
+
+
+def _checker(where: Balanced) -> str:
+    return next(f"/run/{name}" for name in where.guest.ask("listing", path="/run") if name.startswith("checkers"))
+
+
+def test_failed_and_replaced_real_servers(balanced: Callable[..., Balanced]) -> None:
+    where = balanced(servers=4)
+    net, keepalived = where.net, where.keepalived
+    a, b, c, d = (Real(address, check=name) for address, name in zip(net.addresses(4), "abcd", strict=True))
+    local = _addresses(net, 4, 1)
+    note = "/tmp/quorum"  # noqa: S108  the guest's
+    where.guest.run("rm", "-f", note)
+    scripts = (f'quorum_up "echo up >>{note}; true"', f'quorum_down "echo down >>{note}; true"')
+    web = Virtual("web", (where.vip(4), where.vip(4, 1)), (a, b), tuple(local), more=("inhibit_on_failure", *scripts))
+
+    def noted() -> list[str]:
+        return where.guest.run("sh", "-c", f"cat {note} 2>/dev/null || :").out.split()
+
+    for name in "abcd":
+        where.up(name)
+    where.configure(web)
+    keepalived.start()
+    keepalived.must_program(web.lines(locals_=local))
+    keepalived.wait_until(lambda: noted() == ["up"], lambda: str(noted()), 20)
+    # b fails, and is taken out of the configuration while it does
+    where.up("b", on=False)
+    failed = dataclasses.replace(b, weight=0)
+    keepalived.must_program(dataclasses.replace(web, reals=(a, failed)).lines(locals_=local), 30)
+    where.configure(dataclasses.replace(web, reals=(a,)))
+    keepalived.reload()
+    assert keepalived.programmed() == sorted(dataclasses.replace(web, reals=(a,)).lines(locals_=local))
+    # a is replaced by c and d: there is quorum all the time
+    now = dataclasses.replace(web, reals=(c, d))
+    where.configure(now)
+    keepalived.reload()
+    keepalived.must_program(now.lines(locals_=local))
+    assert noted() == ["up"]
+    # another script for a service that is up
+    more = (web.more[0], f'quorum_up "echo again >>{note}; true"', web.more[2])
+    where.configure(dataclasses.replace(now, more=more))
+    keepalived.reload()
+    keepalived.wait_until(lambda: noted() == ["up", "again"], lambda: str(noted()), 20)
+    # both fail: weight 0 and down
+    where.up("c", on=False)
+    where.up("d", on=False)
+    dead = tuple(dataclasses.replace(real, weight=0) for real in (c, d))
+    keepalived.must_program(dataclasses.replace(now, reals=dead).lines(locals_=local), 30)
+    keepalived.wait_until(lambda: noted() == ["up", "again", "down"], lambda: str(noted()), 20)
+    # FNAT to NAT while they are down: they stay at weight 0, the local addresses are not needed any more
+    natted = dataclasses.replace(now, method="NAT", reals=dead)
+    where.configure(dataclasses.replace(now, method="NAT", more=more))
+    keepalived.reload()
+    assert keepalived.programmed() == sorted(natted.lines())
+    keepalived.stop()
+    assert keepalived.programmed() == []
+
+
+def test_an_address_is_bound_while_any_service_is_up(balanced: Callable[..., Balanced]) -> None:
+    where = balanced()
+    net, keepalived = where.net, where.keepalived
+    address = net.addresses(4)[0]
+    present = keepalived.bound("lo")
+    bind = ("vip_bind_dev lo", "alpha")
+    web = Virtual("web", (where.vip(4),), (Real(address, check="web"),), tuple(_addresses(net, 4, 1)), more=bind)
+    dns = Virtual(
+        "dns", (where.vip(4), where.vip(4, 1)), (Real(address, 53, check="dns"),), tuple(_addresses(net, 4, 1)),
+        port=53, protocol="UDP", more=bind,
+    )  # fmt: skip
+    real6, local6 = Real(net.addresses(6)[0], check="six"), tuple(_addresses(net, 6, 1))
+    six = Virtual("six", (where.vip(6),), (real6,), local6, more=bind)
+    # left by an instance that was killed
+    net.director.ip(f"addr add {where.vip(4)}/{HOST[4]} dev lo")
+    where.configure(web, dns, six)
+    keepalived.start()
+    keepalived.must_bind("lo", present)
+    where.up("web")
+    keepalived.must_bind("lo", [*present, where.vip(4)])
+    where.up("dns")
+    keepalived.must_bind("lo", [*present, where.vip(4), where.vip(4, 1)])
+    where.up("six")
+    keepalived.must_bind("lo", [*present, where.vip(4), where.vip(4, 1), where.vip(6)])
+    assert net.clients[0].get(where.vip(6))[0].split()[0] == "server0"
+    # one of the two goes
+    where.up("web", on=False)
+    keepalived.wait_for(r"Lost quorum .*\[web\]")
+    keepalived.must_bind("lo", [*present, where.vip(4), where.vip(4, 1), where.vip(6)])
+    where.up("dns", on=False)
+    keepalived.must_bind("lo", [*present, where.vip(6)])
+    # by a reload
+    where.up("dns")
+    keepalived.must_bind("lo", [*present, where.vip(4), where.vip(4, 1), where.vip(6)])
+    where.configure(dataclasses.replace(dns, vips=(where.vip(4, 1),)), six)
+    said = keepalived.reload()
+    keepalived.must_bind("lo", [*present, where.vip(4, 1), where.vip(6)])
+    assert [line for line in said if "Virtual address" in line] == [f"Virtual address {where.vip(4)} removed from lo"]
+    where.configure(six)
+    keepalived.reload()
+    keepalived.must_bind("lo", [*present, where.vip(6)])
+    keepalived.stop()
+    keepalived.must_bind("lo", present)
+
+
+def test_udp_ports_and_firewall_marks(balanced: Callable[..., Balanced]) -> None:
+    where = balanced()
+    net, keepalived = where.net, where.keepalived
+    net.echo(port=5353)
+    for server in net.servers:
+        server.serve(port=8080)
+    text = "local_address_group all {\n10.0.2.200-201 back\n10.0.2.202-10.0.2.203\nfd00:2::200-203\n}\n"
+    for family in FAMILIES:
+        for protocol, port, real in (("UDP", 53, 5353), ("TCP", 80, 8080)):
+            text += f"virtual_server {net.vip(family)} {port} {{\nlvs_sched rr\nlb_kind FNAT\nprotocol {protocol}\n"
+            text += "laddr_group_name all\n"
+            text += "".join(f"real_server {a} {real} {{\n}}\n" for a in net.addresses(family)) + "}\n"
+    text += "virtual_server fwmark 7 {\nlvs_sched rr\nlvs_method FNAT\nladdr_group_name all\nest_timeout 30\n"
+    text += f"real_server {net.addresses(4)[0]} 8080 {{\n}}\n}}\n"
+    keepalived.configure(text)
+    keepalived.start()
+    mark = "type filter hook prerouting priority -150; tcp dport 81 meta mark set 7;"
+    net.director.nft(f"table ip m {{ chain p {{ {mark} }}; }}")
+    client = net.clients[0]
+    for family in FAMILIES:
+        assert set(client.ask(net.vip(family), text="x").split()) & set(_addresses(net, family))
+        assert client.get(net.vip(family))[0].split()[1] in _addresses(net, family)
+    name, address, _ = client.get(net.vip(4), port=81)[0].split()
+    assert name == "server0"
+    assert address in _addresses(net, 4)
+    lines = keepalived.programmed()
+    assert [line for line in lines if "-f 7" in line] == sorted(
+        ["-A -f 7 -s rr -V 30", f"-a -f 7 -r {net.addresses(4)[0]}:8080 -b -w 1"]
+        + [f"-P -f 7 -z {local}" for local in _addresses(net, 4)]
+    )
+    keepalived.stop()
+
+
+def test_what_it_shows(balanced: Callable[..., Balanced]) -> None:
+    where = balanced()
+    net, keepalived = where.net, where.keepalived
+    more = ("syn_proxy", "est_timeout 90", "vip_bind_dev lo")
+    local = (net.local(4), "10.0.2.202-203 back")
+    web = Virtual("web", (where.vip(4),), (Real(net.addresses(4)[0]),), local, more=more)
+    where.configure(web)
+    # SNMP, by the agent that shares its socket
+    where.guest.run("mkdir", "-p", "/var/agentx")
+    where.guest.write("/tmp/snmpd.conf", "master agentx\nrocommunity public\nagentaddress udp:127.0.0.1:161\n")  # noqa: S108
+    snmpd = net.director.start("snmpd", "-f", "-Lo", "-C", "-c", "/tmp/snmpd.conf", "-I", "-smux")  # noqa: S108
+    net.director.wait_for_port(161, "udp")
+    keepalived.options = ("--snmp",)
+    keepalived.start()
+    dump = keepalived.dump()
+    for line in (
+        " Local Address Group = locals_of_web, IPv4 = 3, IPv6 = 0",
+        "   LIP = 10.0.2.200",
+        "   LIP Range = 10.0.2.202-10.0.2.203, interface = back",
+        "   local address group = locals_of_web",
+        "   SYN proxy is ON",
+        "   established timeout = 90",
+        "   VIPs are bound to lo, bound = 1",
+        "   default forwarding method = FNAT",
+        "   forwarding method = FNAT",
+    ):
+        assert line in dump, "\n".join(dump)
+    table = "1.3.6.1.4.1.9586.100.5.3.3.1"
+    rows = _walk(net.director, table)
+    wanted = {"10": "5", "200": "locals_of_web", "201": "3", "202": "1", "203": "90", "204": "lo"}
+    assert {oid.split(".")[0]: value for oid, value in rows.items() if oid.split(".")[0] in wanted} == wanted
+    keepalived.stop()
+    snmpd.stop()
+
+
+def _walk(host: Namespace, oid: str) -> dict[str, str]:
+    out = host.run("snmpwalk", "-v2c", "-c", "public", "-OnqtU", "127.0.0.1", oid, seconds=20).out
+    rows = (line.partition(" ") for line in out.splitlines() if " " in line)
+    return {name.removeprefix(f".{oid}."): value.strip('"') for name, _, value in rows}
+
+
+def test_it_starts_and_ends_without_services(balanced: Callable[..., Balanced]) -> None:
+    """A configuration that loses its last virtual server, and gets it back."""
+    where = balanced()
+    net, keepalived = where.net, where.keepalived
+    web = Virtual("web", (net.vip(4),), (Real(net.addresses(4)[0]),), (net.local(4),))
+    where.configure(web)
+    keepalived.start()
+    keepalived.must_program(web.lines(locals_=[net.local(4)]))
+    keepalived.configure(f"include {ETC}/nothing.conf\n")
+    keepalived.reload()
+    keepalived.must_program([])
+    where.configure(web)
+    keepalived.reload()
+    keepalived.must_program(web.lines(locals_=[net.local(4)]))
+    keepalived.stop()
+
+
+def test_protocols_that_share_a_group(balanced: Callable[..., Balanced]) -> None:
+    """A virtual server of another protocol joins a group, and the one that was there first leaves it."""
+    where = balanced()
+    net, keepalived = where.net, where.keepalived
+    local = _addresses(net, 4, 1)
+    web = Virtual("web", (where.vip(4), where.vip(4, 1)), tuple(Real(a) for a in net.addresses(4)), tuple(local))
+    udp = dataclasses.replace(web, protocol="UDP")
+    second = udp.text()[udp.text().index("virtual_server group") :]
+    where.configure(web)
+    keepalived.start()
+    keepalived.must_program(web.lines(locals_=local))
+    keepalived.configure(web.text() + second)
+    keepalived.reload()
+    assert keepalived.programmed() == sorted([*web.lines(locals_=local), *udp.lines(locals_=local)])
+    where.configure(udp)
+    keepalived.reload()
+    assert keepalived.programmed() == sorted(udp.lines(locals_=local))
+    where.configure(web)
+    keepalived.reload()
+    assert keepalived.programmed() == sorted(web.lines(locals_=local))
+    keepalived.stop()
+    assert keepalived.programmed() == []
