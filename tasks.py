@@ -11,7 +11,7 @@ from typing import Any
 from invoke.collection import Collection
 
 from image import bake
-from kernel import bench, develop
+from kernel import bench, develop, scale
 from kernel import build as kernel_build
 from pipeline import clean as cleaning
 from pipeline import doctor as doctoring
@@ -76,6 +76,20 @@ def test_kernel(_c: Any, k: str = "", debug: bool = False, flavour: str = develo
 def bench_forwarding(_c: Any, json: str = "", rounds: int = 0) -> None:
     """Compare FULLNAT with stock NAT, and stock NAT with that of the unpatched kernel; about ten minutes."""
     _show(bench.forwarding(tools_build.stage("ipvsadm"), rounds, Path(json) if json else None))
+
+
+@command(
+    "offline",
+    "locked",
+    name="bench-keepalived",
+    help={"json": "a file that takes the rows as JSON", "rounds": "how many; 0: three"},
+)
+def bench_keepalived(_c: Any, json: str = "", rounds: int = 0) -> None:
+    """Compare keepalived with FULLNAT with stock keepalived with NAT, 1,000 virtual servers each; 20 minutes."""
+    room = tools_build.room()
+    stock = room.variant("keepalived", "stock", series=False)
+    file = Path(json) if json else None
+    _show(scale.keepalived(room.stage("ipvsadm"), room.stage("keepalived"), stock, rounds, file))
 
 
 @command()

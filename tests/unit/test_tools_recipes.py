@@ -283,6 +283,20 @@ def test_the_release_ends_with_the_key(room: Path, store: Store) -> None:
     assert tools.release("ipvsadm") == f"1.{tools.stage('ipvsadm').key[:8]}"
 
 
+def test_a_variant_is_another_stage_and_leaves_the_tool_alone(room: Path, store: Store) -> None:
+    shutil.copytree(build.ROOM / "keepalived", room / "keepalived")
+    tools = build.Tools(store, Sources(store), cast(Root, FakeRoot()), room)
+    shipped = tools.stage("keepalived")
+    sanitized = tools.variant("keepalived", "sanitized", switches=["sanitizers"], root=cast(Root, FakeRoot("2")))
+    stock = tools.variant("keepalived", "stock", series=False)
+    assert [stage.name for stage in (sanitized, stock)] == ["tool-keepalived-sanitized", "tool-keepalived-stock"]
+    assert (sanitized.inputs["series"], stock.inputs["series"]) == (shipped.inputs["series"], [])
+    assert (sanitized.inputs["switches"], stock.inputs["switches"]) == (["sanitizers"], [])
+    assert sanitized.needs != stock.needs
+    assert tools.variant("keepalived", "sanitized").key != sanitized.key
+    assert tools.stage("keepalived").key == shipped.key
+
+
 def test_a_new_tool_is_a_new_folder_and_no_python(room: Path, store: Store) -> None:
     shutil.copytree(room / "ipvsadm", room / "another")
     tools = build.Tools(store, Sources(store), cast(Root, FakeRoot()), room)
