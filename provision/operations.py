@@ -126,12 +126,12 @@ def _dump(yaml: YAML, data: Any, like: str) -> str:
 # --- finding places
 
 
-def _service(data: Any, name: str) -> Any:
+def _service(data: Any, name: str, besides: str = "") -> Any:
     for service in data["services"]:
         if service["name"] == name:
             return service
     known = ", ".join(service["name"] for service in data["services"])
-    raise BuildError(f"there is no service {name!r}", f"choose among {known or 'none'}")
+    raise BuildError(f"there is no service {name!r}", f"choose among {known or 'none'}{besides}")
 
 
 def _director(data: Any, name: str) -> Any:
@@ -289,9 +289,43 @@ def remove_real_server(service: str, address: str, port: int) -> Change:
     return change
 
 
-def add_vip(service: str, vip: str) -> Change:
-    """4.2: a VIP more for a service."""
-    return lambda data: _append(_service(data, service)["vips"], str(address_of(vip)))
+def add_vip(service: str, vip: str, like: str = "", port: int = 0) -> Change:
+    """4.2: a VIP more for a service, or with its first VIP a new service.
+
+    Args:
+        service: its name.
+        vip: the address.
+        like: the service that a new one has everything else from.
+        port: of a new service; those of the other where 0.
+    """
+
+    def change(data: Any) -> None:
+        if not like:
+            _append(_service(data, service, "; --like makes a new one")["vips"], str(address_of(vip)))
+            return
+        if any(each["name"] == service for each in data["services"]):
+            raise BuildError(f"there is a service {service!r}", "without --like it gets the VIP")
+        new = _bare(_service(data, like))
+        new["name"] = service
+        new["vips"] = _bare(new["vips"], [str(address_of(vip))])
+        if port:
+            new["ports"] = _bare(new["ports"], [port])
+        _append(data["services"], new)
+
+    return change
+
+
+def _bare(value: Any, members: list[Any] | None = None) -> Any:
+    """A copy in the same form, without the remarks about the original; of a list with other members, if given."""
+    if isinstance(value, CommentedMap):
+        new: Any = CommentedMap({key: _bare(each) for key, each in value.items()})
+    elif isinstance(value, CommentedSeq):
+        new = CommentedSeq(members if members is not None else [_bare(each) for each in value])
+    else:
+        return value
+    if value.fa.flow_style():
+        new.fa.set_flow_style()
+    return new
 
 
 def remove_vip(service: str, vip: str) -> Change:

@@ -82,17 +82,25 @@ def apply(_c: Any, cluster: str, host: Any = None, ssh_config: str = "", drain: 
         **_CLUSTER,
         **_HOST,
         **_REACH,
+        "k": "only checks whose name matches this pytest expression",
         "client": "a host for ssh that plays a client (curl VIP), or local for this machine",
         "junit": "a file that takes the report as JUnit XML",
         "json": "a file that takes it as JSON",
     },
 )
 def check(
-    _c: Any, cluster: str, host: Any = None, ssh_config: str = "", client: str = "", junit: str = "", json: str = ""
+    _c: Any,
+    cluster: str,
+    host: Any = None,
+    k: str = "",
+    ssh_config: str = "",
+    client: str = "",
+    junit: str = "",
+    json: str = "",
 ) -> None:
     """Check running hosts as the operations manual asks (1j), against the cluster file."""
     found = clusters.load(Path(cluster), secrets=False)
-    print("\n".join(checking.check(found, host or (), _where(ssh_config, client), _file(junit), _file(json))))
+    print("\n".join(checking.check(found, host or (), _where(ssh_config, client), _file(junit), _file(json), k=k)))
 
 
 @command(help={**_CLUSTER, "out": "where `invoke render` writes"})
@@ -152,13 +160,29 @@ def remove_real_server(
     rollout.remove_real_server(Path(cluster), service, address, port, options)
 
 
-@command("dry_run", name="add-vip", help=_VIP)
+@command(
+    "dry_run",
+    name="add-vip",
+    help={
+        **_VIP,
+        "like": "the service that a new one, with this VIP, has everything else from",
+        "port": "of a new service; 0: those of the other",
+    },
+)
 def add_vip(
-    _c: Any, cluster: str, service: str, vip: str, apply: bool = False, ssh_config: str = "", drain: float = 60.0
+    _c: Any,
+    cluster: str,
+    service: str,
+    vip: str,
+    like: str = "",
+    port: int = 0,
+    apply: bool = False,
+    ssh_config: str = "",
+    drain: float = 60.0,
 ) -> None:
-    """Add a VIP to a service (manual 4.2)."""
+    """Add a VIP to a service, or a new service with it (manual 4.2)."""
     options = rollout.Options(apply, _where(ssh_config), drain)
-    rollout.perform(Path(cluster), operations.add_vip(service, vip), options)
+    rollout.perform(Path(cluster), operations.add_vip(service, vip, like, port), options)
 
 
 @command("dry_run", name="remove-vip", help=_VIP)

@@ -125,6 +125,22 @@ EDITS: dict[str, tuple[Operation, list[str]]] = {
         lambda path: ops.add_vip("shop", "203.0.113.4"),
         ["+      - 203.0.113.4"],
     ),
+    "VIP of a new service": (
+        lambda path: ops.add_vip("tools", "203.0.113.3", "docs", 8081),
+        [
+            *("+  - name: tools", "+    vips: [203.0.113.3]", "+    ports: [8081]", "+    quorum: 1"),
+            *("+    real_servers:", "+      - address: 198.51.100.1", "+        weight: 3"),
+            *("+      - address: 198.51.100.2", "+        port: 81"),
+        ],
+    ),
+    "VIP of a new service, among block lists with remarks": (
+        lambda path: ops.add_vip("store", "203.0.113.9", "shop"),
+        [
+            *("+  - name: store", "+    vips:", "+      - 203.0.113.9", "+    ports: [80]", "+    real_servers:"),
+            "+      - {address: 198.51.100.1, weight: 100}",
+            "+      - {address: 198.51.100.2, weight: 100}",
+        ],
+    ),
     "VIP in a flow": (
         lambda path: ops.add_vip("docs", "203.0.113.4"),
         ["-    vips: [203.0.113.3]", "+    vips: [203.0.113.3, 203.0.113.4]"],
@@ -254,7 +270,22 @@ REFUSED: dict[str, tuple[Operation, str, str]] = {
     "no such service": (
         lambda p: ops.add_vip("shoop", "203.0.113.4"),
         "there is no service 'shoop'",
+        "choose among shop, docs; --like makes a new one",
+    ),
+    "new service that is there": (
+        lambda p: ops.add_vip("docs", "203.0.113.4", "shop"),
+        "there is a service 'docs'",
+        "without --like it gets the VIP",
+    ),
+    "new service like none": (
+        lambda p: ops.add_vip("tools", "203.0.113.4", "shoop"),
+        "there is no service 'shoop'",
         "choose among shop, docs",
+    ),
+    "new service with a VIP and port that are taken": (
+        lambda p: ops.add_vip("tools", "203.0.113.3", "docs"),
+        "FILE would be wrong: 1 problem; it was not changed",
+        "look at the lines above",
     ),
     "no address": (
         lambda p: ops.add_vip("shop", "203.0.113"),
