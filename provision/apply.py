@@ -70,7 +70,7 @@ class Plan:
         """What on the host must hear of it, in the order of `_ACT`."""
         paths = [change.path for change in self.changes]
         found = []
-        if NETWORK in paths:
+        if any(path == NETWORK or path.startswith("/etc/systemd/network/") for path in paths):
             found.append("network")
         if any(path.startswith("/etc/sysctl.d/") for path in paths):
             found.append("sysctl")
@@ -78,6 +78,8 @@ class Plan:
             found.append("keepalived")
         if "/etc/lvs/host.conf" in paths or "network" in found:
             found.append("rc-local")
+        if "/etc/toa-bpf.conf" in paths:
+            found.append("toa-bpf")
         found += [daemon for daemon in ROUTING if f"/etc/quagga/{daemon}.conf" in paths]
         return tuple(found)
 
@@ -367,7 +369,7 @@ if [ -e {NETWORK} ]; then
     for nic in /sys/class/net/*; do
         [ ! -e "$nic/device" ] || macs="$macs -m ${{nic##*/}},$(cat "$nic/address")"
     done
-    rm -f /etc/systemd/network/10-cloud-init-*
+    rm -f /etc/systemd/network/10-cloud-init-*.network /etc/systemd/network/10-cloud-init-*.link
     cloud-init devel net-convert -p {NETWORK} -k yaml -d / -D debian -O networkd $macs >/dev/null
     networkctl reload
     for nic in $(sed -n 's/^  \\([^ ]*\\):$/\\1/p' {NETWORK}); do
@@ -382,6 +384,7 @@ _ACT: Mapping[str, str] = {
     "keepalived": "systemctl reload-or-restart keepalived\n",
     # Adds local addresses that are new, removes those that are gone.
     "rc-local": "systemctl restart rc-local\n",
+    "toa-bpf": "! systemctl is-active --quiet toa-bpf || systemctl reload toa-bpf\n",
     **{
         daemon: f"[ -e /etc/quagga/{daemon}.conf ] && verb=restart || verb=stop\nsystemctl $verb {daemon}\n"
         for daemon in ROUTING
@@ -396,7 +399,9 @@ def _keep(paths: Sequence[str], areas: Sequence[str], back: Sequence[str], secon
     words = " ".join(shlex.quote(path) for path in paths)
     # Local addresses first, which keepalived's old file refers to. With the old files in place each service is told,
     # even if another one fails; what it says is shown.
-    acts = "".join(_ACT[area] for area in ("network", "sysctl", "rc-local", "keepalived", *ROUTING) if area in areas)
+    acts = "".join(
+        _ACT[area] for area in ("network", "sysctl", "rc-local", "toa-bpf", "keepalived", *ROUTING) if area in areas
+    )
     acts += "".join(f"{line}\n" for line in back)
     rollback = (
         f"cd {STATE}\nxargs -r rm -f <absent\ncp -a old/. /\n/usr/lib/lvsforge/drop-stale-files\nset +e\n{acts}exit 0"

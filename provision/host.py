@@ -41,6 +41,7 @@ RESERVED: Mapping[str, str] = {
     "/etc/quagga/zebra.conf": "rendered from ospf and vty",
     "/etc/quagga/ospfd.conf": "rendered from ospf and vty",
     "/etc/quagga/ospf6d.conf": "rendered from ospf and vty",
+    "/etc/toa-bpf.conf": "rendered from local addresses",
     "/etc/hostname": "rendered from name",
     "/etc/machine-id": "each host makes its own at its first boot",
     "/etc/passwd": "a file would replace the accounts that the packages made",
@@ -438,6 +439,8 @@ class Reader:
             self.problems.add(place, "no plain path of a file under /etc")
         elif path in RESERVED:
             self.problems.add(place, f"not to be given as a file: {RESERVED[path]}")
+        elif path.startswith("/etc/systemd/network/10-cloud-init-"):
+            self.problems.add(place, "not to be given as a file: made from interfaces")
         below = [other for other in others if other.startswith(f"{path}/")]
         if below:
             self.problems.add(place, f"a file cannot also be the folder of {', '.join(below)}")

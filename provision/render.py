@@ -18,6 +18,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ from provision.model import Cluster, Director, Service
 TEMPLATES = Path(__file__).with_name("templates")
 FILES = "/etc/lvs/files"
 NETWORK = "/etc/lvs/network-config"
+# Beside what cloud-init makes of network-config for the interface.
+_GATEWAY = "/etc/systemd/network/10-cloud-init-{nic}.network.d/50-gateway.conf"
+# Of a route that is not its own zebra takes the metric's first byte for the distance; OSPF's is 110, and smaller wins.
+_GATEWAY_METRIC = 254 << 24
 _SERVICE = "@SERVICE@"
 # The folders whose files hold passwords, and who must be able to read them: the routing daemons run as frr.
 _OWNERS: Mapping[str, str] = {"/etc/keepalived": "root", "/etc/quagga": "frr"}
@@ -41,6 +46,7 @@ _SECRET_MODE = 0o640
 _RENDERED_MODE = 0o644  # the other templates hold no secrets, and operators read these without sudo
 
 
+@clusters.uncollected()
 def render_cluster(path: Path, out: Path, names: Sequence[str] = ()) -> list[Path]:
     """Write each host's files and its seed.
 
@@ -103,6 +109,7 @@ class Renderer:
         rendered = [_file(path, text) for path, text in self._templates(host) if text.strip()]
         if host.interfaces:
             rendered.append(_file(NETWORK, network_config(host)))
+            rendered += _gateways(host)
         files = sorted([*rendered, *host.files], key=lambda file: file.path)
         if files:
             files.append(_file(FILES, "".join(f"{file.path}\n" for file in files)))
@@ -203,7 +210,31 @@ def seed_files(host: Host, files: Sequence[File]) -> dict[str, str]:
 
 def network_config(host: Host) -> str:
     """A host's network as cloud-init's network-config, version 2."""
-    return _yaml({"version": 2, "ethernets": {nic.name: _ethernet(nic) for nic in host.interfaces}})
+    if _learns_routes(host):
+        return _network_config(tuple(replace(nic, gateway4=None, gateway6=None) for nic in host.interfaces))
+    return _network_config(host.interfaces)
+
+
+def _learns_routes(host: Host) -> bool:
+    return isinstance(host, Director) and host.mode == "ospf"
+
+
+def _gateways(host: Host) -> Iterator[File]:
+    """Default routers of a director that has OSPF: they count until OSPF has learnt better, and when it has lost it.
+
+    In network-config they would have no metric, and zebra would leave OSPF's default route out for theirs.
+    """
+    for nic in host.interfaces if _learns_routes(host) else ():
+        parts = [f"[Route]\nGateway={router}\nMetric=" for router in (nic.gateway4, nic.gateway6) if router]
+        parts += ["[DHCPv4]\nRouteMetric="] * nic.dhcp4
+        parts += ["[IPv6AcceptRA]\nRouteMetric="]  # which any router on the link may send
+        head = f"# {host.name}: default routers for as long as OSPF has none. Rendered from its cluster file.\n"
+        yield _file(_GATEWAY.format(nic=nic.name), head + "\n".join(f"{part}{_GATEWAY_METRIC}\n" for part in parts))
+
+
+@functools.lru_cache(maxsize=4096)  # it is a file of the host and a part of its seed
+def _network_config(interfaces: tuple[Interface, ...]) -> str:
+    return _yaml({"version": 2, "ethernets": {nic.name: _ethernet(nic) for nic in interfaces}})
 
 
 def template_paths() -> list[str]:
@@ -228,17 +259,26 @@ def _user_data(host: Host, files: Sequence[File]) -> str:
 @functools.lru_cache(maxsize=4096)
 def _entry(file: File) -> str:
     """A file in `write_files`; most are the same on many hosts."""
-    data = {"path": file.path}
-    if file.owner != "root":
-        data["owner"] = f"{file.owner}:{file.owner}"
-    data["permissions"] = f"{file.mode:04o}"
     if not _is_plain(file.content):
-        data["content"] = file.content
-        return _yaml({"write_files": [data]}).partition("\n")[2]
-    head = "".join(f"    {line}\n" for line in _yaml(data).splitlines())
+        return _listed({**_about(file.path, file.owner, file.mode), "content": file.content})
     # The emitter looks at every character several times; this is what it comes to for ordinary files.
     body = file.content.replace("\n", "\n      ").rstrip(" ").replace("\n      \n", "\n\n")
-    return f"  - {head[4:]}    content: |\n      {body}"
+    return f"{_head(file.path, file.owner, file.mode)}    content: |\n      {body}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _head(path: str, owner: str, mode: int) -> str:
+    return _listed(_about(path, owner, mode))
+
+
+def _about(path: str, owner: str, mode: int) -> dict[str, str]:
+    group = {} if owner == "root" else {"owner": f"{owner}:{owner}"}
+    return {"path": path, **group, "permissions": f"{mode:04o}"}
+
+
+def _listed(data: Mapping[str, str]) -> str:
+    """A mapping as a member of the list `write_files`."""
+    return _yaml({"write_files": [data]}).partition("\n")[2]
 
 
 def _is_plain(text: str) -> bool:
@@ -301,12 +341,14 @@ def _yaml(data: Any) -> str:
 
 def _write(folder: Path, files: Sequence[File], parts: Mapping[str, str]) -> None:
     folder.mkdir(mode=0o700)
-    (folder / "rootfs").mkdir()
+    root = str(folder / "rootfs")
+    for parent in sorted({root + os.path.dirname(file.path) for file in files} | {root}):
+        os.makedirs(parent, exist_ok=True)
     for file in files:
-        place = folder / "rootfs" / file.path.removeprefix("/")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(file.content.encode())
-        place.chmod(file.mode)
+        # Plain strings: a path object for each of very many files costs as much as writing them.
+        with open(root + file.path, "wb") as out:
+            out.write(file.content.encode())
+            os.fchmod(out.fileno(), file.mode)
     (folder / "seed").mkdir()
     for name, text in parts.items():
         (folder / "seed" / name).write_bytes(text.encode())

@@ -189,7 +189,7 @@ def test_a_new_host_then_nothing_to_do(lab: Lab, folder: Path) -> None:
     cluster = cluster_of(folder)
     asked: list[str] = []
     lines = applying.apply(cluster, ["lvs-1"], lab.connect, lambda hosts: asked.append(hosts[0].name))
-    assert lines == ["lvs-1: 10 files changed, network sysctl keepalived rc-local zebra ospfd ospf6d"]
+    assert lines == ["lvs-1: 12 files changed, network sysctl keepalived rc-local zebra ospfd ospf6d"]
     assert lab.files("lvs-1") == expected(cluster, "lvs-1")
     assert asked == ["lvs-1"]
     calls = lab.calls("lvs-1")
@@ -212,7 +212,7 @@ def test_a_new_host_then_nothing_to_do(lab: Lab, folder: Path) -> None:
 def test_a_plan_shows_no_secret_and_changes_nothing(lab: Lab, folder: Path) -> None:
     cluster = cluster_of(folder, vty={"password": {"file": "vrrp"}})
     text = "\n".join(applying.plan(cluster, (), lab.connect))
-    assert "== lvs-1: 10 files differ; concerned: network sysctl keepalived rc-local zebra ospfd ospf6d" in text
+    assert "== lvs-1: 12 files differ; concerned: network sysctl keepalived rc-local zebra ospfd ospf6d" in text
     assert "+ ip ospf message-digest-key 8 md5 (secret)" in text and "+password (secret)" in text
     assert "k3y" not in text and "s3cret" not in text
     assert "+    192.168.100.4" in text
@@ -237,7 +237,7 @@ def test_a_host_that_is_down_does_not_hide_the_others(
     with pytest.raises(BuildError, match="1 of the hosts could not be asked"):
         applying.plan(cluster_of(folder), (), lab.connect)
     out = capsys.readouterr().out
-    assert "== lvs-1: not known" in out and "== lvs-2: 10 files differ" in out
+    assert "== lvs-1: not known" in out and "== lvs-2: 12 files differ" in out
 
 
 def test_only_what_changed_is_told(lab: Lab, folder: Path) -> None:
@@ -252,6 +252,40 @@ def test_only_what_changed_is_told(lab: Lab, folder: Path) -> None:
     assert acts(lab.calls("lvs-1")) == ["systemctl reload-or-restart keepalived"]
     assert lab.files("lvs-1") == expected(cluster, "lvs-1")
     assert lab.root("lvs-1").joinpath("etc/keepalived/tls.conf").stat().st_ino == before
+
+
+def test_default_routers_are_the_networks(lab: Lab, folder: Path) -> None:
+    """Where OSPF brings better ones they stand in a file of their own, which cloud-init's do not take along."""
+    applying.apply(cluster_of(folder), ["lvs-1"], lab.connect, well)
+    lab.calls("lvs-1")
+    made = [lab.root("lvs-1") / f"etc/systemd/network/10-cloud-init-eth0.{end}" for end in ("network", "link")]
+    for file in made:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("cloud-init's\n")
+    directors = copy.deepcopy(OSPF["directors"])
+    directors[0]["interfaces"][0]["gateway4"] = "192.0.2.254"
+    cluster = cluster_of(folder, directors=directors)
+    lines = applying.apply(cluster, ["lvs-1"], lab.connect, well)
+    assert lines == ["lvs-1: 1 files changed, network rc-local"]
+    assert lab.files("lvs-1") == expected(cluster, "lvs-1") and not any(file.exists() for file in made)
+    text = lab.files("lvs-1")["/etc/systemd/network/10-cloud-init-eth0.network.d/50-gateway.conf"][0].decode()
+    assert "[Route]\nGateway=192.0.2.254\nMetric=4261412864\n" in text
+    assert "networkctl reload" in lab.calls("lvs-1")
+
+
+def test_whom_toa_believes(lab: Lab, folder: Path) -> None:
+    applying.apply(cluster_of(folder), ["rs-1"], lab.connect, well)
+    lab.calls("rs-1")
+    pools = {"laddr_g1": {**OSPF["local_addresses"]["laddr_g1"], "addresses": ["192.168.100.1-192.168.100.16"]}}
+    services = [OSPF["services"][0]]
+    cluster = cluster_of(folder, local_addresses=pools, services=services)
+    assert applying.apply(cluster, ["rs-1"], lab.connect, well) == ["rs-1: 2 files changed, sysctl toa-bpf"]
+    assert acts(lab.calls("rs-1")) == [
+        "systemd-sysctl ",
+        "systemctl is-active --quiet toa-bpf",
+        "systemctl reload toa-bpf",
+    ]
+    assert b"trusted = 192.168.100.1, 192.168.100.2/31," in lab.files("rs-1")["/etc/toa-bpf.conf"][0]
 
 
 def test_what_is_not_wanted_any_more_goes(lab: Lab, folder: Path) -> None:

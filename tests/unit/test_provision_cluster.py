@@ -431,6 +431,13 @@ BAD_OSPF: dict[str, tuple[Change, list[str]]] = {
         at("directors.0.files", {"/etc/keepalived/tls.conf": ""}),
         ["directors[0].files./etc/keepalived/tls.conf: not to be given as a file: rendered from services[1]"],
     ),
+    "file of an interface": (
+        at("directors.0.files", {"/etc/systemd/network/10-cloud-init-eth0.network": ""}),
+        [
+            "directors[0].files./etc/systemd/network/10-cloud-init-eth0.network: not to be given as a file: "
+            "made from interfaces"
+        ],
+    ),
     # --- services
     "name of a service": (at("services.0.name", "my/web"), [f"services[0].name: 'my/web' {NAME}"]),
     "service called keepalived": (
