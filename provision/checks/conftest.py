@@ -33,7 +33,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         host = known[item.callspec.params["_testinfra_host"].backend.hostname]  # type: ignore[attr-defined]
         item.add_marker(pytest.mark.xdist_group(host.name))
         wanted = {word for mark in item.iter_markers("role") for word in mark.args}
-        (kept if wanted <= {host.role, cluster.mode} else dropped).append(item)
+        families = {f"IPv{prefix.version}" for prefix in cluster.vip_prefixes}
+        (kept if wanted <= {host.role, cluster.mode, *families} else dropped).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
-from testinfra.host import Host as Connection
 
 from provision import ipvs
 from provision.checks.conftest import Ask, parsed
-from provision.model import Cluster, Director, Service
+from provision.host import Host
+from provision.model import Cluster, Director, RealServer, Service
 
 pytestmark = pytest.mark.importance("high")
 
@@ -166,26 +167,47 @@ def test_ospf_says_and_hears_hellos(ask: Ask, director: Director, cluster: Clust
     assert cluster.ospf is not None
     seconds = cluster.ospf.hello_interval * 2 + 2
     dump = ask(f"timeout {seconds} tcpdump -i {director.uplink} -nn -l proto 89 2>/dev/null || [ $? = 124 ]")
-    senders = set(re.findall(r"IP6? (\S+) > \S+: OSPFv[23], Hello", dump))
-    own = {str(address) for address in director.own_addresses} | {s for s in senders if s.startswith("fe80:")}
-    assert senders & own, f"no hello of this host on {director.uplink} in {seconds} s"
-    assert senders - {str(address) for address in director.own_addresses}, (
-        f"no hello of a neighbour on {director.uplink} in {seconds} s"
-    )
+    heard = re.findall(r"IP6? (\S+) > \S+: OSPFv([23]), Hello", dump)
+    # OSPF for IPv6 speaks from the link's own address, which is in no file.
+    (link,) = parsed(ask(f"ip -j -6 address show dev {director.uplink} scope link")) or [{"addr_info": []}]
+    own = {str(address) for address in director.own_addresses} | {each.get("local") for each in link["addr_info"]}
+    for version in ("2", "3") if any(prefix.version == 6 for prefix in cluster.vip_prefixes) else ("2",):
+        senders = {sender for sender, spoken in heard if spoken == version}
+        assert senders & own, f"no hello of this host on {director.uplink} in {seconds} s (OSPFv{version})"
+        assert senders - own, f"no hello of a neighbour on {director.uplink} in {seconds} s (OSPFv{version})"
+
+
+# Two routers that are neither DR nor BDR stay at 2-Way, as they should; ospf6d calls it Twoway.
+_DONE = "Full|2-Way/DROther|Twoway/DROther"
 
 
 @pytest.mark.role("director", "ospf")
-def test_ospf_neighbours_are_full(ask: Ask, director: Director, cluster: Cluster) -> None:
+def test_ospf_neighbours_are_full(ask: Ask) -> None:
     """With a router, that is: two directors on one link that are neither DR nor BDR stay at 2-Way, as they should."""
     data = parsed(ask("vtysh -d ospfd -c 'show ip ospf neighbor json'"))
-    states = {
-        name: [each.get("nbrState") or each.get("state") for each in found] for name, found in data["neighbors"].items()
-    }
-    flat = [str(state) for found in states.values() for state in found]
-    assert any(state.startswith("Full") for state in flat), f"no neighbour is Full: {states}"
-    wrong = {
-        name: found for name, found in states.items() if not all(re.match("Full|2-Way/DROther", str(s)) for s in found)
-    }
+    are_full(
+        {
+            name: [str(each.get("nbrState") or each.get("state")) for each in rows]
+            for name, rows in data["neighbors"].items()
+        }
+    )
+
+
+@pytest.mark.role("director", "ospf", "IPv6")
+def test_ospf_neighbours_of_ipv6_are_full(ask: Ask) -> None:
+    data = parsed(ask("vtysh -d ospf6d -c 'show ipv6 ospf6 neighbor json'"))
+    states: dict[str, list[str]] = {}
+    for each in data["neighbors"]:
+        states.setdefault(each["neighborId"], []).append(each["state"] + "/" + each["ifState"])
+    are_full(states)
+
+
+def are_full(states: dict[str, list[str]]) -> None:
+    """At least one neighbour is, and none is on its way."""
+    assert any(state.startswith("Full") for found in states.values() for state in found), (
+        f"no neighbour is Full: {states}"
+    )
+    wrong = {name: found for name, found in states.items() if not all(re.match(_DONE, state) for state in found)}
     assert not wrong, f"neighbours on their way: {wrong}"
 
 
@@ -195,8 +217,17 @@ def test_ospf_neighbours_are_full(ask: Ask, director: Director, cluster: Cluster
 @pytest.mark.role("director", "ospf")
 def test_routes_of_ospf_are_there(ask: Ask, director: Director, cluster: Cluster) -> None:
     """A totally stubby area gets a default route and nothing else; every other at least one route."""
+    learnt(parsed(ask("ip -j route show proto ospf")), director, cluster)
+
+
+@pytest.mark.role("director", "ospf", "IPv6")
+def test_routes_of_ospf_for_ipv6_are_there(ask: Ask, director: Director, cluster: Cluster) -> None:
+    learnt(parsed(ask("ip -6 -j route show proto ospf")), director, cluster)
+
+
+def learnt(routes: list[dict[str, Any]], director: Director, cluster: Cluster) -> None:
+    """The routes that OSPF brought are those that its area gets, and leave by the uplink."""
     assert cluster.ospf is not None
-    routes = parsed(ask("ip -j route show proto ospf"))
     wanted = [r for r in routes if r["dst"] == "default"] if cluster.ospf.stub else routes
     assert wanted, f"no {'default route' if cluster.ospf.stub else 'route'} by OSPF: {[r['dst'] for r in routes]}"
     devices = {hop.get("dev") for r in wanted for hop in r.get("nexthops", [r])}
@@ -213,8 +244,7 @@ def test_routes_of_the_cluster_file_are_there(ask: Ask, director: Director) -> N
     }
     for nic in director.interfaces:
         wanted = [(route.to.removesuffix("/32").removesuffix("/128"), route.via) for route in nic.routes]
-        # OSPF's default route, which is better, may have taken the place of the one from the file.
-        wanted += [("default", via) for via in (nic.gateway4, nic.gateway6) if via and director.mode == "vrrp"]
+        wanted += [("default", via) for via in (nic.gateway4, nic.gateway6) if via]
         for to, via in wanted:
             assert (to, via, nic.name) in got, f"no route to {to} by {via} on {nic.name}"
 
@@ -249,14 +279,11 @@ def test_services_of_the_host_run(ask: Ask, cluster: Cluster) -> None:
     assert set(states.values()) == {"active"}, f"{states}"
 
 
-def test_kernel_settings_are_in_force(host: Connection, node: object, ask: Ask) -> None:
-    """1c, 2c; on a real server whom TOA trusts."""
-    wanted = dict(getattr(node, "kernel_settings"))  # noqa: B009  every host has them
-    for key, value in wanted.items():
-        got = " ".join(ask(f"sysctl -n {key}").split())
-        if key == "net.toa.trusted":
-            assert set(re.split(r"[,\s]+", got)) == set(value.split(",")), f"{key} is {got}"
-        else:
+def test_kernel_settings_are_in_force(node: Host, ask: Ask) -> None:
+    """1c, 2c."""
+    for key, value in node.kernel_settings.items():
+        if key != TRUSTED:
+            got = " ".join(ask(f"sysctl -n {key}").split())
             assert got == " ".join(value.split()), f"{key} is {got}, not {value}"
 
 
@@ -265,3 +292,15 @@ def test_toa_is_there(ask: Ask) -> None:
     """3b: the module, or on another kernel the programs."""
     here = ask("if [ -e /proc/net/toa_stats ] || systemctl is-active --quiet toa-bpf; then echo yes; fi")
     assert here == "yes", "neither the module toa is loaded nor toa-bpf runs: programs see local addresses"
+
+
+TRUSTED = "net.toa.trusted"
+# The module says whom it believes; the programs do not, but what stands in their file.
+_BELIEVED = f"sysctl -n {TRUSTED} 2>/dev/null || sed -n 's/^trusted *= *//p' /etc/toa-bpf.conf"
+
+
+@pytest.mark.role("realserver")
+def test_toa_believes_the_directors(ask: Ask, realserver: RealServer) -> None:
+    """And nobody else: whoever is believed can say that he is anybody."""
+    got = set(re.split(r"[,\s]+", ask(_BELIEVED)))
+    assert got == set(realserver.trusted), f"toa believes {sorted(got)}, not {sorted(realserver.trusted)}"

@@ -63,7 +63,10 @@ LOCALS = tuple(f"192.168.100.{n}/32" for n in range(1, 5)) + tuple(f"2001:db8:64
 HELLOS = """\
 05:00:01.1 IP 192.0.2.1 > 224.0.0.5: OSPFv2, Hello, length 44
 05:00:01.9 IP 192.0.2.254 > 224.0.0.5: OSPFv2, Hello, length 48
+05:00:02.1 IP6 fe80::1 > ff02::5: OSPFv3, Hello, length 40
+05:00:02.9 IP6 fe80::254 > ff02::5: OSPFv3, Hello, length 40
 """
+LINK = json.dumps([{"ifname": "eth0", "addr_info": [{"local": "fe80::1", "prefixlen": 64}]}])
 NEIGHBOURS = json.dumps({"neighbors": {"192.0.2.254": [{"nbrState": "Full/DR"}]}})
 DEFAULT = json.dumps([{"dst": "default", "gateway": "192.0.2.254", "dev": "eth0", "protocol": "ospf"}])
 PROCESSES = "  901     1 /usr/sbin/keepalived --dont-fork -D\n  902   901 /usr/sbin/keepalived --dont-fork -D\n"
@@ -220,17 +223,24 @@ def test_processes(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_hellos(cluster: Cluster, director: Director) -> None:
-    high.test_ospf_says_and_hears_hellos(asker(tcpdump=HELLOS), director, cluster)
-    own, other = HELLOS.splitlines()
-    with complaint("no hello of a neighbour on eth0"):
-        high.test_ospf_says_and_hears_hellos(asker(tcpdump=own), director, cluster)
-    with complaint("no hello of this host on eth0"):
-        high.test_ospf_says_and_hears_hellos(asker(tcpdump=other), director, cluster)
+    def judge(*without: int) -> None:
+        lines = [line for n, line in enumerate(HELLOS.splitlines()) if n not in without]
+        high.test_ospf_says_and_hears_hellos(asker(tcpdump="\n".join(lines), ip=LINK), director, cluster)
+
+    judge()
+    with complaint("no hello of this host on eth0 in 8 s (OSPFv2)"):
+        judge(0)
+    with complaint("no hello of a neighbour on eth0 in 8 s (OSPFv2)"):
+        judge(1)
+    with complaint("no hello of this host on eth0 in 8 s (OSPFv3)"):
+        judge(2)
+    with complaint("no hello of a neighbour on eth0 in 8 s (OSPFv3)"):
+        judge(3)
 
 
-def test_neighbours(cluster: Cluster, director: Director) -> None:
+def test_neighbours() -> None:
     def judge(text: str) -> None:
-        high.test_ospf_neighbours_are_full(asker(vtysh=text), director, cluster)
+        high.test_ospf_neighbours_are_full(asker(vtysh=text))
 
     judge(NEIGHBOURS)
     with complaint("no neighbour is Full"):
@@ -243,9 +253,23 @@ def test_neighbours(cluster: Cluster, director: Director) -> None:
         judge(json.dumps({"neighbors": {**both, "192.0.2.2": [{"nbrState": "Init/DROther"}]}}))
 
 
-def test_routes_of_ospf(cluster: Cluster, director: Director) -> None:
+def test_neighbours_of_ipv6() -> None:
+    def judge(*states: str) -> None:
+        rows = [{"neighborId": f"192.0.2.{n}", "state": state, "ifState": "DROther"} for n, state in enumerate(states)]
+        high.test_ospf_neighbours_of_ipv6_are_full(asker(vtysh=json.dumps({"neighbors": rows})))
+
+    judge("Full")
+    judge("Full", "Twoway")
+    with complaint("no neighbour is Full"):
+        judge()
+    with complaint("neighbours on their way: {'192.0.2.1': ['Init/DROther']}"):
+        judge("Full", "Init")
+
+
+@pytest.mark.parametrize("judged", [high.test_routes_of_ospf_are_there, high.test_routes_of_ospf_for_ipv6_are_there])
+def test_routes_of_ospf(judged: Callable[..., None], cluster: Cluster, director: Director) -> None:
     def judge(text: str) -> None:
-        high.test_routes_of_ospf_are_there(asker(ip=text), director, cluster)
+        judged(asker(ip=text), director, cluster)
 
     judge(DEFAULT)
     with complaint("no default route by OSPF"):
@@ -307,13 +331,9 @@ def test_kernel_settings(cluster: Cluster) -> None:
     def settings(**changes: str) -> Callable[[str], str]:
         return lambda command: {**answers, **changes}[command.split(".")[-1]]
 
-    high.test_kernel_settings_are_in_force(None, cluster.directors[0], settings())
+    high.test_kernel_settings_are_in_force(cluster.directors[0], settings())
     with complaint("net.core.netdev_max_backlog is 1000, not 500000"):
-        high.test_kernel_settings_are_in_force(None, cluster.directors[0], settings(netdev_max_backlog="1000"))
-    trusted = ",".join(cluster.real_servers[0].trusted)
-    high.test_kernel_settings_are_in_force(None, cluster.real_servers[0], lambda _: trusted)
-    with complaint("net.toa.trusted is 10.0.0.0/8"):
-        high.test_kernel_settings_are_in_force(None, cluster.real_servers[0], lambda _: "10.0.0.0/8")
+        high.test_kernel_settings_are_in_force(cluster.directors[0], settings(netdev_max_backlog="1000"))
 
 
 def test_interrupts(director: Director) -> None:
@@ -352,10 +372,15 @@ def test_real_servers_answer(tmp_path: Path) -> None:
         low.test_real_servers_answer(ask("200", ""), found.services)
 
 
-def test_toa() -> None:
+def test_toa(cluster: Cluster) -> None:
     high.test_toa_is_there(asker(toa="yes"))
     with complaint("neither the module toa is loaded nor toa-bpf runs"):
         high.test_toa_is_there(asker(toa=""))
+    (realserver,) = cluster.real_servers
+    high.test_toa_believes_the_directors(lambda _: ",".join(realserver.trusted), realserver)
+    high.test_toa_believes_the_directors(lambda _: ", ".join(realserver.trusted), realserver)
+    with complaint("toa believes ['10.0.0.0/8'], not ['192.168.100.1'"):
+        high.test_toa_believes_the_directors(lambda _: "10.0.0.0/8", realserver)
 
 
 def test_addresses_are_read() -> None:
