@@ -46,7 +46,7 @@ def run_all(expression: str, *, fast: bool, build: Callable[[], object]) -> None
         return
     build()
     with progress.step("tests of what was built"):
-        _run_part("build", chosen, may_be_empty=bool(expression))
+        _run_part("build and not long", chosen, may_be_empty=bool(expression))
 
 
 def _run_part(marker: str, chosen: list[str], *, may_be_empty: bool) -> None:
