@@ -60,6 +60,13 @@ pytestmark = pytest.mark.build
         ("-A --sctp-service 192.0.2.1:9 -V 90", "An established timeout is only for TCP"),
         ("-A -t 192.0.2.1:80 -V 90 --vsestablish-timeout 90", "multiple 'est-timeout' options"),
         ("-a -t 192.0.2.1:80 -r 10.1.0.2 -V 90", "Illegal 'est-timeout' option with the 'add-server' command"),
+        # SYNPROXY
+        ("-A -t 192.0.2.1:80 -j on", "illegal word for synproxy `on': it is enable or disable"),
+        ("-A -t 192.0.2.1:80 -j", "-j: missing argument"),
+        ("-A -u 192.0.2.1:53 -j enable", "SYNPROXY is only for TCP"),
+        ("-A -f 9 -o -j enable", "SYNPROXY does not go with One-Packet Scheduling"),
+        ("-A -t 192.0.2.1:80 -j enable --synproxy enable", "multiple 'synproxy' options"),
+        ("-a -t 192.0.2.1:80 -r 10.1.0.2 -j enable", "Illegal 'synproxy' option with the 'add-server' command"),
         # what only editing knows
         ("-A -t 192.0.2.1:80 --no-persistent", "Illegal 'no-persistent' option"),
         ("-A -u 192.0.2.1:53 --no-ops", "Illegal 'no-ops' option"),
@@ -344,3 +351,43 @@ def test_what_fullnat_cannot_do_is_explained(lab: Lab) -> None:
     assert step.err.startswith("FULLNAT is for TCP and UDP; the real servers of service --sctp-service 192.0.2.1:9")
     step = lab.last(SERVICE, f"{REAL} -b", refuse={"NEW_DEST": errno.EOPNOTSUPP})
     assert (step.status, step.err) == (1, "this kernel has FULLNAT, but not for service -t 192.0.2.1:80\n")
+
+
+# --- SYNPROXY
+
+
+def test_synproxy_is_saved_listed_and_kept(lab: Lab) -> None:
+    on = f"{SERVICE} -j enable"
+    assert lab.saved(on) == [on]
+    assert lab.saved(f"{SERVICE} -j disable") == [SERVICE], "what is off is not spoken of"
+    assert lab.saved(on, "-E -t 192.0.2.1:80 -p 300") == ["-A -t 192.0.2.1:80 -s rr -p 300 -j enable"]
+    assert lab.saved(on, "-E -t 192.0.2.1:80 --synproxy disable") == [SERVICE]
+    assert lab.saved(SERVICE, "-E -t 192.0.2.1:80 -j enable") == [on]
+    assert "192.0.2.1:80 rr synproxy\n" in lab.last(on, "-L -n").out
+
+
+@pytest.mark.parametrize("line", ["-A -t 192.0.2.1:81 -j enable", "-E -t 192.0.2.1:80 -j enable"])
+def test_a_kernel_without_synproxy_is_told_nothing(lab: Lab, line: str) -> None:
+    """It would take the flag and protect nothing."""
+    *_, step, saved = lab.play(SERVICE, line, "-S -n", synproxy=False)
+    assert step.status == 1
+    assert re.fullmatch(r"SYNPROXY is not in the running kernel \(\S+\): the command is not .*\n", step.err)
+    assert not [name for name in step.sent if not name.startswith("GET_")]
+    assert saved.out.splitlines() == [SERVICE]
+    assert lab.saved(f"{SERVICE} -j disable", synproxy=False) == [SERVICE]
+
+
+def test_what_synproxy_cannot_do_is_explained(lab: Lab) -> None:
+    on, direct = f"{SERVICE} -j enable", f"{REAL} -g"
+    for line in (direct, direct.replace(" -g", " -i")):
+        step = lab.last(on, line)
+        assert step.status == 1
+        assert "does not go with SYNPROXY, which service -t 192.0.2.1:80 has" in step.err
+        assert "`ipvsadm -E -t 192.0.2.1:80 -j disable' ends it" in step.err
+    assert len(lab.saved(on, "-E -t 192.0.2.1:80 -j disable", direct)) == 2, "the advice helps"
+    step = lab.last(SERVICE, direct, "-E -t 192.0.2.1:80 -j enable")
+    assert step.status == 1
+    assert step.err.startswith("SYNPROXY does not go with the forwarding method Route, which real server 10.1.0.2 of")
+    step = lab.last(on, "-a -t 192.0.2.1:80 -r 10.1.0.2:80 -b", "-e -t 192.0.2.1:80 -r 10.1.0.2:80 -g")
+    assert step.status == 1
+    assert "the forwarding method Route does not go with SYNPROXY" in step.err

@@ -81,6 +81,7 @@ class Lab:
 
     def play(self, *commands: str | Command, **scenario: Any) -> list[Step]:
         """Before the stand-in; see its scenario."""
+        has = "STAND_IN_SYNPROXY=1 " if scenario.get("synproxy", True) else ""
         script = [
             "mkfifo /tmp/ready",
             "python3 /build/ipvs/stand_in.py /build/out/scenario /build/out/sent /tmp/ready &",
@@ -95,7 +96,7 @@ class Lab:
                 words = shlex.join(["/build/ipvsadm", *shlex.split(command.line)])
                 place = f"/build/out/{number}"
                 script += [
-                    f"LD_PRELOAD=/build/lab/shim.so STAND_IN=/tmp/stand-in {words} "
+                    f"LD_PRELOAD=/build/lab/shim.so STAND_IN=/tmp/stand-in {has}{words} "
                     f"<{place}.in >{command.stdout or f'{place}.out'} 2>{place}.err",
                     f"echo $? >{place}.status; echo -- >>/build/out/sent",
                 ]

@@ -6,10 +6,10 @@ packet. That the kernel follows them too is seen with the kernel, under tests/ke
 
     stand_in.py SCENARIO SENT READY
 
-SCENARIO is a file (JSON): {"fullnat": true, "late": false, "refuse": {"NEW_LADDR": 12}, "disguise": {"3": 6}}. `late`:
-a dump reports an error in the message that ends it, not at once. `refuse`: an errno for a command, whatever it asks
-for. `disguise`: destinations are listed with this value of an attribute, whatever it is: what other programs may have
-set. The commands that come are written to SENT, a name a line; and a line to READY when it listens.
+SCENARIO is a file (JSON): {"fullnat": true, "synproxy": true, "late": false, "refuse": {"NEW_LADDR": 12}, "disguise":
+{"3": 6}}. `late`: a dump reports an error in the message that ends it, not at once. `refuse`: an errno for a command,
+whatever it asks for. `disguise`: destinations are listed with this value of an attribute, whatever it is: what other
+programs may have set. The commands that come are written to SENT, a name a line; and a line to READY when it listens.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COMMANDS = (
 LADDR_COMMANDS = ("NEW_LADDR", "DEL_LADDR", "GET_LADDR")
 SERVICE, DEST, LADDR = 1, 2, 7
 AF, PROTOCOL, ADDR, PORT, FWMARK, SCHED, FLAGS, TIMEOUT, NETMASK, PE, EST_TIMEOUT = 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 32
-ONEPACKET, FULLNAT = 4, 5
+ONEPACKET, SYNPROXY, MASQ, FULLNAT = 4, 0x8000, 0, 5
 EST_TIMEOUT_MAX = 2147483
 # number: form, of what a destination has besides its address
 DEST_FIELDS = {3: "=I", 4: "=I", 5: "=I", 6: "=I", 13: "=B", 14: "!H", 15: "=H"}
@@ -99,6 +99,10 @@ class Service:
     def onepacket(self) -> bool:
         return bool(struct.unpack_from("=I", self.values[FLAGS])[0] & ONEPACKET)
 
+    @property
+    def synproxy(self) -> bool:
+        return bool(struct.unpack_from("=I", self.values[FLAGS])[0] & SYNPROXY)
+
     def methods(self) -> list[int]:
         return [struct.unpack("=I", dest[3])[0] for dest in self.dests.values()]
 
@@ -109,6 +113,7 @@ class Kernel:
     def __init__(self, scenario: dict[str, Any], sent: str) -> None:
         self.sent = sent
         self.fullnat: bool = scenario.get("fullnat", True)
+        self.synproxy: bool = scenario.get("synproxy", True)
         self.late: bool = scenario.get("late", False)
         self.refuse: dict[str, int] = scenario.get("refuse", {})
         self.disguise: dict[str, int] = scenario.get("disguise", {})
@@ -181,6 +186,9 @@ class Kernel:
                 raise Refused(errno.EINVAL)
             if struct.unpack_from("=I", values[FLAGS])[0] & ONEPACKET and FULLNAT in service.methods():
                 raise Refused(errno.EOPNOTSUPP)
+        flags = struct.unpack_from("=I", values[FLAGS])[0]
+        if self.synproxy and flags & SYNPROXY and set(service.methods()) - {MASQ, FULLNAT}:
+            raise Refused(errno.EOPNOTSUPP)
         service.identity = {n: given[n] for n in (AF, PROTOCOL, ADDR, PORT, FWMARK) if n in given}
         service.values = values
         return service
@@ -204,6 +212,8 @@ class Kernel:
             known = protocol is None or struct.unpack("=H", protocol)[0] in (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
             if service.onepacket or not known:
                 raise Refused(errno.EOPNOTSUPP)
+        if self.synproxy and service.synproxy and method not in (MASQ, FULLNAT):
+            raise Refused(errno.EOPNOTSUPP)
         if (name == "NEW_DEST") == (key in service.dests):
             raise Refused(errno.EEXIST if name == "NEW_DEST" else errno.ENOENT)
         service.dests[key] = {number: given[number] for number in DEST_FIELDS}
