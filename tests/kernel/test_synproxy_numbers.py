@@ -1,0 +1,233 @@
+"""SYNPROXY: what is translated between two ends that know different numbers, and a client's port that is used again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.kernel import packets
+from tests.kernel.cookies import FULL, PAIRS, M, Wired, ack, opened
+from tests.kernel.packets import NOPS, Ends, Packet, mss, options, sack, wscale
+from tests.kernel.topology import FAMILIES, Site
+
+pytestmark = [pytest.mark.build, pytest.mark.guest]
+
+
+@pytest.fixture(params=PAIRS)
+def wired(request: pytest.FixtureRequest, site: Callable[..., Site]) -> Wired:
+    """A protected service of either family and method."""
+    return Wired.of(site, *request.param)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "servers", "inward", "outward"),
+    [(9, 3, 50, 62), (9, None, 25600, 7), (None, 3, 50, 1000), (0, 14, 50, 65535), (14, 0, 50, 7)],
+)
+def test_windows(wired: Wired, theirs: int | None, servers: int | None, inward: int, outward: int) -> None:
+    """In the units that each end expects, whoever of them scales."""
+    scale = [] if theirs is None else [NOPS, wscale(theirs)]
+    server_scale = [] if servers is None else [NOPS, wscale(servers)]
+    ends, synack, syn, update = opened(
+        wired, options(mss(1400), *scale), options(mss(1460), *(server_scale if theirs is not None else []))
+    )
+    assert (3 in syn.options) == (theirs is not None)
+    assert update.window == (20000 >> 7 if theirs is not None else 20000)
+    wired.client.send(packets.tcp(ends, "PA", seq=synack.ack, ack=synack.seq + 1, window=50, data=b"q"))
+    assert wired.at_server("PA").window == inward
+    wired.server.send(packets.tcp(syn.ends.back, "PA", seq=7001, ack=syn.seq + 2, window=1000, data=b"a"))
+    assert wired.at_client(ends, "PA").window == outward
+
+
+def test_no_window_stays_none_and_a_small_one_is_no_none(wired: Wired) -> None:
+    ends, _, syn, _ = opened(wired, FULL, options(mss(1460), NOPS, wscale(0)))
+    for window, told in ((0, 0), (1, 1), (127, 1), (256, 2)):
+        wired.server.send(packets.tcp(syn.ends.back, "PA", seq=7001, ack=syn.seq + 1, window=window, data=b"a"))
+        assert wired.at_client(ends, "PA").window == told
+
+
+def test_early_data_out_of_order(wired: Wired) -> None:
+    ends = wired.ends()
+    synack = wired.answer(ends)
+    ack(wired, ends, synack)
+    syn = wired.at_server("S")
+    for n, data in ((2, b"cc"), (0, b"aa"), (0, b"aa")):
+        wired.client.send(packets.tcp(ends, "PA", seq=synack.ack + n, ack=synack.seq + 1, data=data))
+    wired.client.send(packets.tcp(ends, "FA", seq=synack.ack + 4, ack=synack.seq + 1))
+    wired.server.send(packets.tcp(syn.ends.back, "SA", seq=5, ack=syn.seq + 1, option=options(mss(1460))))
+    got = [wired.at_server(flags) for flags in ("A", "PA", "PA", "FA")]
+    assert [p.payload for p in got] == [b"", b"aa", b"cc", b""]
+    assert [(p.seq - syn.seq) % M for p in got] == [1, 1, 3, 5]
+    wired.server.wire.silence(lambda p: p.protocol == packets.TCP, "what was kept twice")
+
+
+def test_nothing_may_come_early(wired: Wired) -> None:
+    """With nothing kept the client's window is closed until the server has answered."""
+    wired.net.director.ip_vs_sysctl("synproxy_ack_skb_store_thresh", 0)
+    ends = wired.ends()
+    synack = wired.answer(ends)
+    assert synack.window == 0
+    ack(wired, ends, synack)
+    syn = wired.at_server("S")
+    wired.client.send(packets.tcp(ends, "PA", seq=synack.ack, ack=synack.seq + 1, data=b"x"))
+    wired.server.send(packets.tcp(syn.ends.back, "SA", seq=5, ack=syn.seq + 1, option=options(mss(1460))))
+    wired.at_server("A")
+    assert wired.at_client(ends, "A").window > 0
+    wired.server.wire.silence(lambda p: p.protocol == packets.TCP, "early data")
+
+
+def test_an_old_connection_at_the_server(wired: Wired) -> None:
+    """It acknowledges something else: RFC 9293 has us reset that, and the SYN is sent again."""
+    ends = wired.ends()
+    synack = wired.answer(ends)
+    ack(wired, ends, synack)
+    syn = wired.at_server("S")
+    wired.server.send(packets.tcp(syn.ends.back, "A", seq=999, ack=syn.seq + 7777))
+    assert wired.at_server("R").seq == (syn.seq + 7777) % M
+    assert wired.at_server("S").seq == syn.seq
+
+
+def test_errors_about_what_the_client_got(wired: Wired) -> None:
+    """The server knows its own numbers only, and believes no others."""
+    ends, _, syn, _ = opened(wired, FULL, options(mss(1460)))
+    wired.server.send(packets.tcp(syn.ends.back, "A", seq=7001, ack=syn.seq + 1, data=b"x" * 400))
+    seen = wired.client.wire.expect(lambda p: p.ends == ends.back and p.payload != b"", "data at the client")
+    wired.client.send(packets.frag_needed(wired.client.address(wired.family), seen.data, 1300))
+    error = wired.server.wire.expect(lambda p: p.is_error, "the error at the server")
+    assert error.quoted.ends == syn.ends.back
+    assert error.quoted.seq == 7001
+
+
+# --- repeated acknowledgements
+
+
+def test_an_ack_storm(wired: Wired) -> None:
+    ends, synack, syn, _ = opened(wired, FULL, options(mss(1460)))
+    same = packets.tcp(syn.ends.back, "A", seq=7001, ack=syn.seq + 1)
+
+    def passed(count: int, packet: bytes = same) -> int:
+        for _ in range(count):
+            wired.server.send(packet)
+        wired.server.send(packets.tcp(syn.ends.back, "PA", seq=7001, ack=syn.seq + 1, data=b"end"))
+        seen = 0
+        while wired.client.wire.expect(lambda p: p.ends == ends.back, "what the server says").payload != b"end":
+            seen += 1
+        return seen
+
+    assert passed(30) == 11
+    assert wired.counted("synproxy_ackstorm") == 19
+    # it answers to data: duplicates that the client counts
+    for _ in range(30):
+        wired.client.send(packets.tcp(ends, "A", seq=synack.ack + 10, ack=synack.seq + 1, data=b"lost one before"))
+        assert passed(1) == 1
+    selective = options(NOPS, NOPS, sack((syn.seq + 20, syn.seq + 30)))
+    assert passed(30, packets.tcp(syn.ends.back, "A", seq=7001, ack=syn.seq + 1, option=selective)) == 30
+    wired.net.director.ip_vs_sysctl("synproxy_ack_storm_thresh", 0)
+    assert passed(30) == 30
+
+
+def test_answers_to_probes_are_no_storm(wired: Wired) -> None:
+    """A client that keeps a connection alive, or asks whether a window is open, gets the same answer each time."""
+    wired.net.director.ip_vs_sysctl("synproxy_ack_storm_thresh", 1)
+    apart = 1.2 / wired.net.director.guest.scale  # a second, however slow the machine is
+    ends, synack, syn, _ = opened(wired, FULL, options(mss(1460)))
+    for _ in range(4):
+        wired.client.send(packets.tcp(ends, "A", seq=synack.ack - 1, ack=synack.seq + 1))
+        wired.at_server("A")
+        wired.server.send(packets.tcp(syn.ends.back, "A", seq=7001, ack=syn.seq + 1, window=0))
+        assert wired.at_client(ends, "A").window == 0
+        wired.client.wire.silence(lambda p: p.protocol == packets.TCP, "more than one answer", apart)
+    assert wired.counted("synproxy_ackstorm") == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_resets_of_one_that_was_idle(site: Callable[..., Site], family: int) -> None:
+    """Each end gets the number that it knows."""
+    wired = Wired.of(site, family, "-b", "-V", "2")
+    ends, synack, syn, _ = opened(wired, FULL, options(mss(1460)))
+    wired.server.send(packets.tcp(syn.ends.back, "PA", seq=7001, ack=syn.seq + 1, data=b"x"))
+    wired.at_client(ends, "PA")
+    wired.client.send(packets.tcp(ends, "A", seq=synack.ack, ack=synack.seq + 2))
+    wired.at_server("A")
+    reset = wired.client.wire.expect(lambda p: p.ends == ends.back and p.flags == "R", "the client's reset", 10)
+    assert reset.seq == (synack.seq + 2) % M
+    assert wired.at_server("R").seq == (syn.seq + 1) % M
+
+
+# --- a port that is used again
+
+
+def close(wired: Wired, ends: Ends, synack: Packet, syn: Packet) -> None:
+    wired.client.send(packets.tcp(ends, "FA", seq=synack.ack, ack=synack.seq + 1))
+    wired.at_server("FA")
+    wired.server.send(packets.tcp(syn.ends.back, "FA", seq=7001, ack=syn.seq + 2))
+    wired.at_client(ends, "FA")
+    wired.client.send(packets.tcp(ends, "A", seq=synack.ack + 1, ack=synack.seq + 2))
+    wired.at_server("A")
+    (row,) = [c for c in wired.net.director.connections() if c.cport == ends.sport]
+    assert row.state == "TIME_WAIT"
+
+
+def test_a_port_is_used_again(wired: Wired) -> None:
+    """A new connection in the place of one that has ended, and old segments do not make one."""
+    ends, synack, syn, _ = opened(wired, FULL, options(mss(1460)))
+    close(wired, ends, synack, syn)
+    wired.client.send(packets.tcp(ends, "A", seq=synack.ack + 1, ack=synack.seq + 2))
+    wired.at_server("A")
+    again = wired.answer(ends, isn=90_000)
+    assert again.seq != synack.seq
+    ack(wired, ends, again, b"second")
+    wired.at_server("S")
+    assert (wired.counted("synproxy_conn_reused"), wired.counted("synproxy_conn_reused_timewait")) == (1, 1)
+
+
+@pytest.mark.parametrize("switch", ["synproxy_conn_reuse", "synproxy_conn_reuse_time_wait"])
+def test_a_port_is_not_used_again_if_so_told(wired: Wired, switch: str) -> None:
+    ends, synack, syn, _ = opened(wired, FULL, options(mss(1460)))
+    close(wired, ends, synack, syn)
+    wired.net.director.ip_vs_sysctl(switch, 0)
+    wired.client.send(packets.tcp(ends, "S", seq=90_000, option=FULL))
+    assert wired.at_server("S").ends == syn.ends, "it is the server's to answer"
+    assert wired.counted("synproxy_conn_reused") == 0
+
+
+def test_in_which_states_a_port_is_used_again(wired: Wired) -> None:
+    """Those that have a switch; after a reset from the start."""
+    for state, flags, by_server, at_first in (
+        ("close", "R", True, 1),
+        ("fin_wait", "FA", True, 0),
+        ("close_wait", "FA", False, 0),
+    ):
+        name = f"synproxy_conn_reuse_{state}"
+        assert wired.net.director.ip_vs_sysctl(name) == str(at_first)
+        for switch in (0, 1):
+            wired.net.director.ip_vs_sysctl(name, switch)
+            ends, synack, syn, _ = opened(wired, FULL, options(mss(1460)))
+            if by_server:
+                wired.server.send(packets.tcp(syn.ends.back, flags, seq=7001, ack=syn.seq + 1))
+                wired.at_client(ends, flags)
+            else:
+                wired.client.send(packets.tcp(ends, flags, seq=synack.ack, ack=synack.seq + 1))
+                wired.at_server(flags)
+            (row,) = [c for c in wired.net.director.connections() if c.cport == ends.sport]
+            assert row.state.lower() == state
+            if not switch:
+                wired.client.send(packets.tcp(ends, "S", seq=90_000, option=FULL))
+                assert wired.at_server("S").ends == syn.ends, "it is the server's to answer"
+                continue
+            ack(wired, ends, wired.answer(ends, isn=90_000))
+            wired.at_server("S")
+            assert wired.counted(f"synproxy_conn_reused_{state.replace('_', '')}") == 1
+    assert wired.counted("synproxy_conn_reused") == 3
+
+
+def test_a_syn_at_a_living_connection(wired: Wired) -> None:
+    """It goes to the server, whose answer tells the client, and no forger, what is the matter."""
+    ends, synack, syn, _ = opened(wired, FULL, options(mss(1460)))
+    before = wired.counted("synproxy_syn_cnt")
+    wired.client.send(packets.tcp(ends, "S", seq=90_000, option=FULL))
+    wired.at_server("S")
+    assert wired.counted("synproxy_syn_cnt") == before
+    wired.server.send(packets.tcp(syn.ends.back, "A", seq=7001, ack=syn.seq + 1))
+    challenge = wired.at_client(ends, "A")
+    assert (challenge.seq, challenge.ack) == ((synack.seq + 1) % M, synack.ack)
