@@ -87,7 +87,8 @@ class Virtual:
         found = []
         for vip in self.vips:
             where = f"-{letter} {service(vip, self.port)}"
-            found.append(f"-A {where} -s rr{f' -V {timeout}' if timeout else ''}")
+            said = (f" -V {timeout}" if timeout else "") + (" -j enable" if "syn_proxy" in self.more else "")
+            found.append(f"-A {where} -s rr{said}")
             found += [f"-P {where} -z {local}" for local in locals_]
             found += [
                 f"-a {where} -r {service(real.address, real.port)} {way} -w {real.weight}"

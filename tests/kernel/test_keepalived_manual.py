@@ -30,7 +30,7 @@ SERVICES = tuple(
     line
     for vip in VIPS
     for line in (
-        f"-A -t {vip}:80 -s rr",
+        f"-A -t {vip}:80 -s rr -j enable",
         *(f"-P -t {vip}:80 -z {local}" for local in LOCALS),
         *(f"-a -t {vip}:80 -r {real}:80 -b -w 100" for real in REAL),
     )
