@@ -11,7 +11,7 @@ from typing import Any
 from invoke.collection import Collection
 
 from image import bake
-from kernel import bench, develop, scale
+from kernel import bench, defence, develop, scale
 from kernel import build as kernel_build
 from pipeline import clean as cleaning
 from pipeline import doctor as doctoring
@@ -90,6 +90,20 @@ def bench_keepalived(_c: Any, json: str = "", rounds: int = 0) -> None:
     stock = room.variant("keepalived", "stock", series=False)
     file = Path(json) if json else None
     _show(scale.keepalived(room.stage("ipvsadm"), room.stage("keepalived"), stock, rounds, file))
+
+
+@command(
+    "offline",
+    "locked",
+    name="bench-synproxy",
+    help={
+        "json": "a file that takes the rows as JSON",
+        "rounds": "how many; 0: three, or ten where instructions cannot be counted",
+    },
+)
+def bench_synproxy(_c: Any, json: str = "", rounds: int = 0) -> None:
+    """Compare SYNPROXY with that of nftables, with SYN cookies, and with going without it; about half an hour."""
+    _show(defence.synproxy(tools_build.stage("ipvsadm"), rounds, Path(json) if json else None))
 
 
 @command()

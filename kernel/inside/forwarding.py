@@ -449,14 +449,14 @@ class Bench:
         say(ends=self.plan["rounds"])
 
 
-def main() -> None:
+def main(bench: Callable[[dict[str, Any]], Any]) -> None:
     """Everything; whatever goes wrong is told to the host."""
     os.environ.update(PATH="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", HOME="/root", LANG="C.UTF-8")
     try:
         with open(f"{OUT}/plan.json", encoding="utf-8") as stream:
             plan = json.load(stream)
         build()
-        Bench(plan).run()
+        bench(plan).run()
     except Failed as error:
         say(error=str(error))
     except BaseException:
@@ -470,4 +470,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.dont_write_bytecode = True
-    main()
+    main(Bench)
