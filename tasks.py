@@ -87,9 +87,8 @@ def bench_forwarding(_c: Any, json: str = "", rounds: int = 0) -> None:
 def bench_keepalived(_c: Any, json: str = "", rounds: int = 0) -> None:
     """Compare keepalived with FULLNAT with stock keepalived with NAT, 1,000 virtual servers each; 20 minutes."""
     room = tools_build.room()
-    stock = room.variant("keepalived", "stock", series=False)
-    file = Path(json) if json else None
-    _show(scale.keepalived(room.stage("ipvsadm"), room.stage("keepalived"), stock, rounds, file))
+    stages = room.stage("ipvsadm"), room.stage("keepalived"), room.variant("keepalived", "stock", series=False)
+    _show(scale.keepalived(*stages, rounds, Path(json) if json else None))
 
 
 @command(

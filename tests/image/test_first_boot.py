@@ -1,6 +1,6 @@
 """Golden image + seed = that host; then a changed cluster file, by `apply` and by a new seed; in both modes.
 
-pytest -m long tests/image/test_first_boot.py     # and each environment check seen to fail (minutes more)
+pytest -m long tests/image/test_first_boot.py
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.errors import BuildError
 from tests.image import fleet as fleets
 from tests.image.fleet import DIRECTOR, OSPF, REAL, ROUTER, VIPS, VRRP, Fleet
 
-pytestmark = pytest.mark.build
+pytestmark = [pytest.mark.build, pytest.mark.long]
 
 AS_IT_SHOULD_BE = [f"== {name}: as it should be" for name in (DIRECTOR, REAL)]
 SESSIONS = 240  # more than the check of their spread asks for
@@ -410,7 +410,6 @@ def shown_one_by_one(fleet: Fleet, breaks: list[Break], file: Path) -> None:
     run.wait_until(whole, deadline=300, what="all checks are green again", hint="invoke check")
 
 
-@pytest.mark.long
 def test_every_check_fails_when_its_subject_is_broken(fleet: Fleet) -> None:
     fleet.write(OSPF)
     fleet.invoke("apply")
@@ -455,7 +454,6 @@ def test_all_checks_are_green_in_mode_vrrp(pair: Fleet) -> None:
     assert [name for name, (result, _) in found.items() if result == "skipped"] == []
 
 
-@pytest.mark.long
 def test_every_check_of_mode_vrrp_fails_when_its_subject_is_broken(pair: Fleet) -> None:
     known = {check for _, check in pair.check()}
     shown_one_by_one(pair, BREAKS_VRRP, settings.out() / "checks-broken-vrrp.md")

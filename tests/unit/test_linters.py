@@ -324,6 +324,7 @@ GUESTS = {
     Path("tests/kernel/inside/agent.py"): "process 1 of a guest that has no more than Python and what a test runs",
     Path("tests/kernel/inside/toa.py"): "an application of that guest, which has children",
     Path("kernel/inside/forwarding.py"): "process 1 of a guest that has no more than Python and what it measures with",
+    Path("kernel/inside/scale.py"): "likewise",
     Path("kernel/inside/synproxy.py"): "likewise",
 }
 MAY_START = {
