@@ -62,7 +62,7 @@ def sections(text: str) -> list[tuple[str, dict[str, str]]]:
     """The sections of a .network file, of which several may have one name."""
     found = []
     for part in re.split(r"(?m)^(?=\[)", text):
-        if part.strip():
+        if part.startswith("["):
             parser = configparser.ConfigParser(interpolation=None)
             parser.optionxform = str  # type: ignore[assignment,method-assign]
             parser.read_string(part)
@@ -80,14 +80,16 @@ def test_networkd_gets_what_was_asked_for(path: Path, tmp_path: Path, cloud_init
         names = [word for nic in host.interfaces if nic.mac for word in ("-m", f"{nic.name},{nic.mac}")]
         source, out = f"/mnt/{host.name}/seed/network-config", f"/mnt/net{number}"
         cloud_init(*f"devel net-convert -k yaml -D debian -O networkd -d {out}".split(), "-p", source, *names)
-        judge(host, tmp_path / f"net{number}/etc/systemd/network")
+        judge(host, tmp_path / f"net{number}/etc/systemd/network", tmp_path / host.name / "rootfs/etc/systemd/network")
 
 
-def judge(host: Host, folder: Path) -> None:
-    """Networkd's files say what the host's entry says, and nothing else."""
+def judge(host: Host, folder: Path, more: Path) -> None:
+    """Networkd's files say what the host's entry says, and nothing else; those in `more` are laid beside them."""
     assert len(list(folder.iterdir())) == len(host.interfaces)
     for nic in host.interfaces:
         got = sections((folder / f"10-cloud-init-{nic.name}.network").read_text(encoding="utf-8"))
+        beside = more / f"10-cloud-init-{nic.name}.network.d/50-gateway.conf"
+        got += sections(beside.read_text(encoding="utf-8")) if beside.exists() else []
         match = {"MACAddress": nic.mac, "Name": nic.name} if nic.mac else {"Name": nic.name}
         assert ("Match", match) in got
         assert sorted(keys["Address"] for name, keys in got if name == "Address") == sorted(nic.addresses)

@@ -395,8 +395,10 @@ def test_losses_are_repaired_by_sack(site: Callable[..., Site], family: int, up:
     else:
         assert len(client.get(net.vip(family), "/bulk")[0]) == BULK
     seen = _counters(sender)
-    wrong = {name: seen[name] for name in ("TCPSACKDiscard", "TCPSackFailures", "PAWSEstab") if seen[name]}
+    wrong = {name: seen[name] for name in ("TCPSACKDiscard", "TCPSackFailures") if seen[name]}
     assert not wrong
+    # Processors that are not there all the time let an acknowledgement overtake another; a wrong clock would lose most.
+    assert seen["PAWSEstab"] <= BULK // 1448 // 20
     assert seen["TCPSackRecovery"] >= 2, "no loss was repaired by SACK"
     assert _counters(receiver)["PAWSEstab"] == 0
 
