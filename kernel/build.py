@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,9 @@ from pipeline.store import Stage, Store, digest, remove_tree
 ROOM = Path(__file__).resolve().parent
 TREE = "/build/linux"  # in every object's debug information and in __FILE__: the same for every builder
 STAMP = "Wed Jan  1 00:00:00 UTC 2025"  # EPOCH, as the kernel prints it in /proc/version
+# User Mode Linux: what emulation makes ten times as slow as it is, a process of this machine does at its full speed.
+DEBUG_ARCH = "um"
+Make = Callable[..., list[str]]
 # Raised when this file builds other bytes from the same inputs.
 _BASE_REVISION = 1
 _FLAVOUR_REVISION = 2
@@ -37,10 +40,10 @@ _SPACE = {"base": 6.0, "flavour": 4.0}  # GB; measured: the tree 3.3 at its end,
 RECIPE_SCHEMA: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
-    "required": ["source", "make_flags", "debug_leaves_out"],
+    "required": ["source", "make_flags", "debug_fragments"],
     "properties": {
         "source": {"type": "string", "pattern": "^[a-z][a-z0-9-]*$"},
-        "debug_leaves_out": {"type": "array", "items": {"type": "string", "pattern": "^[0-9]+-[a-z-]+$"}},
+        "debug_fragments": {"type": "array", "items": {"type": "string", "pattern": "^[0-9]+-[a-z-]+$"}},
         "make_flags": {
             "type": "array",
             "items": {"type": "string", "pattern": "^[A-Z_]+=[A-Za-z0-9_.,=+-]+$"},
@@ -233,7 +236,7 @@ class Kernels:
         return Stage(
             "kernel-base",
             inputs,
-            lambda out: self._build_base(self.options, out),
+            lambda out: self._build_base(self.options, out, self.make),
             [self.root.stage()],
             title=f"compiling the common kernel tree, linux {self.tarball.version}",
         )
@@ -242,23 +245,27 @@ class Kernels:
     def debug_stage(self) -> Stage:
         """As the common tree, with what finds bugs: for `invoke test-kernel --debug`, in no package."""
         options = self.debug_options()
-        inputs = {**self.base_stage().inputs, "options": {option.name: option.value for option in options}}
+        inputs = {
+            **self.base_stage().inputs,
+            "options": {option.name: option.value for option in options},
+            "arch": DEBUG_ARCH,
+        }
         return Stage(
             "kernel-debug",
             inputs,
-            lambda out: self._build_base(options, out),
+            lambda out: self._build_base(options, out, self.make_debug),
             [self.root.stage()],
             title=f"compiling the debug kernel tree, linux {self.tarball.version}; once, half an hour on two cores",
         )
 
     def debug_options(self) -> list[config.Option]:
-        """The common fragments without those that the recipe leaves out, and `debug.config`, which has the last word.
+        """The common fragments that the recipe names, and `debug.config`, which has the last word.
 
         Raises:
             BuildError: see `config.read`.
         """
-        left_out = self.recipe["debug_leaves_out"]
-        paths = [path for path in config.fragments(self.room / "config.d") if path.stem not in left_out]
+        taken = self.recipe["debug_fragments"]
+        paths = [path for path in config.fragments(self.room / "config.d") if path.stem in taken]
         own = config.read([self.room / "debug.config"], self.room.parent)
         return config.override(config.read(paths, self.room.parent), own)
 
@@ -327,6 +334,10 @@ class Kernels:
         """A make line with the recipe's flags."""
         return ["make", f"-j{current.jobs}", *self.recipe["make_flags"], *words]
 
+    def make_debug(self, *words: str) -> list[str]:
+        """A make line for the debug build, which is of another architecture."""
+        return self.make(f"ARCH={DEBUG_ARCH}", *words)
+
     def run_in_tree(
         self, command: Sequence[str], mounts: Mapping[str, Any], log: Path, what: str, hint: str = ""
     ) -> None:
@@ -337,7 +348,7 @@ class Kernels:
         """
         self.sandbox().run(command, **mounts, env=self._environment(), cwd=TREE, log=log, what=what, hint=hint)
 
-    def _build_base(self, options: Sequence[config.Option], out: Path) -> None:
+    def _build_base(self, options: Sequence[config.Option], out: Path, make: Make) -> None:
         self.store.require_space(_SPACE["base"], "compiling the kernel")
         log = out / "base.log"
         tree = out / "tree"
@@ -351,12 +362,12 @@ class Kernels:
         with progress.step(f"unpacking {tarball.name}"):
             unpack = ["tar", "-xf", inside, "--strip-components=1", "--no-same-owner", "-C", TREE]
             self.run_in_tree(unpack, mounts, log, f"unpacking {tarball.name}", f"rm {tarball}   (and fetch it again)")
-        self.configure(options, mounts, out, log)
+        self.configure(options, mounts, out, log, make)
         with progress.step(f"compiling with {current.jobs} jobs"):
             # Everything but the link of vmlinux: a flavour has another release string and links it in any case.
-            make = self.make("LOCALVERSION=-base", "modpost", "modules")
+            words = make("LOCALVERSION=-base", "modpost", "modules")
             hint = f"read {log}; the first error is what counts"
-            self.run_in_tree(make, mounts, log, "compiling the common kernel tree", hint)
+            self.run_in_tree(words, mounts, log, "compiling the common kernel tree", hint)
         (tree / "vmlinux.o").unlink()  # half a gigabyte of debug information that every flavour links anew
 
     def _build_flavour(self, item: Flavour, out: Path) -> None:
@@ -460,15 +471,22 @@ class Kernels:
             seen.append({re.sub(r":\d+(:\d+)?:", ":", line) for line in text.splitlines() if "warning:" in line})
         return sorted(seen[1] - seen[0])
 
-    def configure(self, options: Sequence[config.Option], mounts: Mapping[str, Any], out: Path, log: Path) -> str:
+    def configure(
+        self,
+        options: Sequence[config.Option],
+        mounts: Mapping[str, Any],
+        out: Path,
+        log: Path,
+        make: Make | None = None,
+    ) -> str:
         """Make `.config` from nothing but the options, and refuse it if one of them did not survive."""
         asked = out / "asked.config"
         asked.write_text(config.text(options), encoding="utf-8")
         ro_binds = {**mounts.get("ro_binds", {}), asked: "/build/asked.config"}
         mounts = {**mounts, "ro_binds": ro_binds}
         with progress.step("configuring"):
-            make = self.make("-s", "KCONFIG_ALLCONFIG=/build/asked.config", "allnoconfig")
-            self.run_in_tree(make, mounts, log, "configuring the kernel")
+            words = (make or self.make)("-s", "KCONFIG_ALLCONFIG=/build/asked.config", "allnoconfig")
+            self.run_in_tree(words, mounts, log, "configuring the kernel")
         shown: run.Result = self.sandbox().run(["cat", f"{TREE}/.config"], **mounts)
         config.check(options, config.parse(shown.stdout))
         asked.unlink()

@@ -58,7 +58,7 @@ class Built:
 
     @property
     def image(self) -> Path:
-        """What QEMU loads."""
+        """What QEMU loads; of a debug build, which is one of User Mode Linux, the program."""
         return self.folder / "boot" / f"vmlinuz-{self.uname}"
 
     @property
@@ -269,6 +269,7 @@ class Workshop:
         self.result = self.folder / "kernel"
         self.log = self.folder / "make.log"
         self._local = "debug" if debug else "develop"
+        self._make = room.make_debug if debug else room.make
         self.uname = f"{room.tarball.version}-{self._local}"
 
     @property
@@ -337,14 +338,14 @@ class Workshop:
         local = f"LOCALVERSION=-{self._local}"
         if state["whole"] and not configured and all(self._is_of_modules(name) for name in names):
             with progress.step(f"compiling the modules of {self.modules}"):
-                make = self.room.make(local, f"M={self.modules}", "modules")
+                make = self._make(local, f"M={self.modules}", "modules")
                 self._run(make, mounts, f"compiling {self.modules}")
                 self._install_modules(mounts)
             return
         state["whole"] = False
         self.save(state)
         with progress.step("compiling what changed"):
-            self._run(self.room.make(local, "all"), mounts, "compiling the kernel")
+            self._run(self._make(local, "all"), mounts, "compiling the kernel")
         with progress.step("installing modules"):
             self._install(local)
         state["whole"] = True
@@ -376,7 +377,7 @@ class Workshop:
             return False
         current = self.folder / "upper" / ".config"
         before = current.read_text(encoding="utf-8") if current.exists() else ""
-        after = self.room.configure(options, mounts, self.folder, self.log)
+        after = self.room.configure(options, mounts, self.folder, self.log, self._make)
         state["config"] = asked
         return after != before
 
@@ -386,11 +387,10 @@ class Workshop:
         (fresh / "boot").mkdir(parents=True)
         mounts = self._mounts()
         mounts["binds"][fresh] = "/build/kernel"
-        install = self.room.make(
-            "-s", local, "INSTALL_MOD_PATH=/build/kernel", "INSTALL_MOD_STRIP=1", "modules_install"
-        )
+        install = self._make("-s", local, "INSTALL_MOD_PATH=/build/kernel", "INSTALL_MOD_STRIP=1", "modules_install")
         self._run(install, mounts, "installing modules")
-        shutil.copyfile(self.folder / "upper/arch/x86/boot/bzImage", fresh / "boot" / f"vmlinuz-{self.uname}")
+        image = "vmlinux" if self.debug else "arch/x86/boot/bzImage"  # User Mode Linux is a program
+        shutil.copy(self.folder / "upper" / image, fresh / "boot" / f"vmlinuz-{self.uname}")
         for link in ("build", "source"):
             (fresh / "lib/modules" / self.uname / link).unlink(missing_ok=True)
         remove_tree(self.result)

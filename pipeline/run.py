@@ -279,6 +279,7 @@ def start(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     keep: Callable[[], bool] | None = None,
+    inherit: Sequence[int] = (),
 ) -> Iterator[Process]:
     """Run a command in the background for the length of a `with` block.
 
@@ -289,6 +290,7 @@ def start(
         env: added to the minimal environment.
         keep: asked at the end; where it answers True the process is left running (a failed bake with `--keep`). A
             process that may be kept must outlive us, so it also outlives our death by SIGKILL.
+        inherit: descriptors that it has under the same numbers.
 
     Raises:
         BuildError: it could not be started.
@@ -307,6 +309,7 @@ def start(
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,
+                pass_fds=inherit,
                 preexec_fn=None if keep else _die_with(os.getpid()),
             )
         except FileNotFoundError as error:

@@ -29,14 +29,15 @@ class Balancer:
 
     Args:
         host: where.
-        program: `PROGRAM`, as it ships, or the one with sanitizers.
+        program: `PROGRAM`, as it ships, or the one with sanitizers; on a debug kernel always as it ships: the memory
+            that the sanitizers want for themselves is in use in User Mode Linux.
         options: for its command line.
     """
 
     def __init__(self, host: Namespace, *, program: str = f"{SANITIZED}{PROGRAM}", options: Sequence[str] = ()) -> None:
         self.host = host
         self.guest = host.guest
-        self.program = program
+        self.program = PROGRAM if self.guest.kernel.debug else program
         self.options = options
         self.job: Background | None = None
         self.guest.run("sh", "-ec", f"rm -rf {ETC} {_REPORTS}.* /run/keepalived.pid /run/checkers.pid; mkdir {ETC}")

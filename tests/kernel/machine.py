@@ -1,7 +1,7 @@
 """The machine in which a kernel is tested: booted once, spoken to through its agent (inside/agent.py).
 
-Its root is the Debian tree of root.yaml with our programs over it, read-only over 9p, with an overlay in memory for
-what is written. Modules and the kernel's own selftests come with the kernel under test.
+Its root is the Debian tree of root.yaml with our programs over it, read-only, with an overlay in memory for what is
+written. Modules and the kernel's own selftests come with the kernel under test.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import shlex
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pipeline.debroot import Root
 from pipeline.errors import BuildError
 from pipeline.store import Stage, Store
 from pipeline.vm import Accelerator, Machine, Share
+from tests.kernel.usermode import Line, UserMode
 from tools import build as tools
 
 HERE = Path(__file__).resolve().parent
@@ -31,9 +32,7 @@ _9P = "trans=virtio,version=9p2000.L,msize=512000,cache=loose"
 _PORT = "lvsforge.agent"  # as in inside/agent.py
 _PROGRAMS = ("ipvsadm", "keepalived", "quagga", "toa-bpf")  # folders of tools/
 SANITIZED = "/opt/sanitized"  # where the keepalived is that is tested
-# Slower than a plain kernel on the same machine, measured with the tests of stock NAT.
-_DEBUG_SCALE = 3.0
-_MEMORY = {False: 1024, True: 3072}  # MiB; KASAN's shadow and quarantine, kmemleak's and lockdep's tables
+_MEMORY = 1024  # MiB
 # What a healthy kernel never logs. Each is the start of a report, or its only line.
 _ALARMS = re.compile(
     r"WARNING:|BUG:|\bKASAN\b|KFENCE|UBSAN|ODEBUG|Oops|Call Trace|general protection|kernel NULL pointer"
@@ -82,14 +81,21 @@ class Done:
 class Guest:
     """A booted machine; see the operations of inside/agent.py, which the methods here call."""
 
-    def __init__(self, machine: Machine, link: socket.socket, kernel: develop.Built, shell: Path) -> None:
+    def __init__(
+        self,
+        machine: Machine | UserMode,
+        scale: float,
+        link: socket.socket | Line,
+        kernel: develop.Built,
+        shell: Callable[[], str],
+    ) -> None:
         self.machine = machine
+        self.scale = scale
         self.kernel = kernel
         self.shell = shell
         self.alive = True
         self._link = link
         self.log: list[str] = []  # the kernel's messages since the test began
-        self.scale = machine.accelerator.scale * (_DEBUG_SCALE if kernel.debug else 1.0)
 
     # -- the channel
 
@@ -246,7 +252,7 @@ class Guest:
         self.machine.keep()
         pid = self.machine.process.pid
         return (
-            f"the machine still runs; its shell (Ctrl-] leaves): socat -,rawer,escape=0x1d UNIX-CONNECT:{self.shell}\n"
+            f"the machine still runs; its shell: {self.shell()}\n"
             f"its namespaces: ip netns; end it: kill {pid}; its console: {self.machine.console}"
         )
 
@@ -359,38 +365,79 @@ def booted(kernel: develop.Built, work: Path, store: Store, *, may_keep: bool = 
     Raises:
         BuildError: it does not boot; with the console's tail.
     """
-    tree = store.ensure(root(store).stage()) / "root"
-    programs = store.ensure(programs_stage(store)) / "root"
-    mounts = [
-        "mount -t tmpfs tmpfs /mnt",
-        "mkdir /mnt/upper /mnt/work /mnt/root /mnt/programs",
-        f"mount -t 9p -o {_9P},ro programs /mnt/programs",
-        "mount -t overlay -o lowerdir=/mnt/programs:/,upperdir=/mnt/upper,workdir=/mnt/work root /mnt/root",
-        "cd /mnt/root",
-        "mount -t proc proc proc",
-        "mount -t sysfs sys sys",
-        "mount -t devtmpfs dev dev",
-        "mkdir -p dev/pts inside kernel usr/lib/modules",
-        "mount -t devpts pts dev/pts",
-        "mount -t tmpfs run run",
-        "mount -t tmpfs tmp tmp",
-        "mount -t debugfs debug sys/kernel/debug",
-        f"mount -t 9p -o {_9P},ro inside inside",
-        f"mount -t 9p -o {_9P},ro kernel kernel",
-        "mount --bind kernel/lib/modules usr/lib/modules",
-        "exec chroot . python3 /inside/agent.py",
+    shares = [
+        Share(store.ensure(root(store).stage()) / "root", "/dev/root"),
+        Share(store.ensure(programs_stage(store)) / "root", "programs"),
+        Share(HERE / "inside", "inside"),
+        Share(kernel.folder, "kernel"),
     ]
-    words = [
-        "console=ttyS0 quiet loglevel=5 panic=-1",
-        f"root=/dev/root rootfstype=9p ro rootflags={_9P}",
-        # Under emulation a page-table switch at every system call costs more than anything that is measured here.
-        "mitigations=off nokaslr audit=0",
+    start = _in_user_mode if kernel.debug else _emulated
+    with progress.step(f"booting {kernel.title}"), contextlib.ExitStack() as stack:
+        guest = stack.enter_context(start(kernel, work, store, shares, may_keep))
+        greeting = _greeting(guest)
+        if greeting["uname"] != kernel.uname:
+            raise BuildError(f"{kernel.title} is {kernel.uname}, {greeting['uname']} booted", "invoke clean --store")
+        alive = stack.pop_all()
+    with alive:
+        try:
+            yield guest
+        finally:
+            guest.close()
+
+
+def _mounts(share: Callable[[str, str], str]) -> str:
+    """What /bin/sh does before the agent starts.
+
+    Args:
+        share: the command that mounts a share's tag at a place.
+    """
+    return "; ".join(
+        [
+            "mount -t tmpfs tmpfs /mnt",
+            "mkdir /mnt/upper /mnt/work /mnt/root /mnt/programs",
+            share("programs", "/mnt/programs"),
+            "mount -t overlay -o lowerdir=/mnt/programs:/,upperdir=/mnt/upper,workdir=/mnt/work root /mnt/root",
+            "cd /mnt/root",
+            "mount -t proc proc proc",
+            "mount -t sysfs sys sys",
+            "mount -t devtmpfs dev dev",
+            "mkdir -p dev/pts inside kernel usr/lib/modules",
+            "mount -t devpts pts dev/pts",
+            "mount -t tmpfs run run",
+            "mount -t tmpfs tmp tmp",
+            "mount -t debugfs debug sys/kernel/debug",
+            share("inside", "inside"),
+            share("kernel", "kernel"),
+            "mount --bind kernel/lib/modules usr/lib/modules",
+            "exec chroot . python3 /inside/agent.py",
+        ]
+    )
+
+
+def _words(kernel: develop.Built) -> list[str]:
+    """Of the command line, what every machine has."""
+    return [
+        "quiet loglevel=5",
         # A loaded host is no bug of the guest's kernel.
         "rcupdate.rcu_cpu_stall_timeout=180 sysctl.kernel.watchdog_thresh=60 sysctl.kernel.hung_task_timeout_secs=300",
         # An interface that a module makes for every namespace (tunl0, sit0, erspan0, …) costs time in each test.
         "sysctl.net.core.fb_tunnels_only_for_init_net=2",
-        "kasan_multi_shot slub_debug=FZ,ip_vs* kunit.enable=1" if kernel.debug else "",
-        f'init=/bin/sh -- -ec "{"; ".join(mounts)}"',
+        # No red zones: here slub's own memset(3) over them is one that KASAN, which has its own, looks at.
+        *(["kasan_multi_shot slub_debug=F,ip_vs* kunit.enable=1"] if kernel.debug else []),
+    ]
+
+
+@contextlib.contextmanager
+def _emulated(
+    kernel: develop.Built, work: Path, store: Store, shares: Sequence[Share], may_keep: bool
+) -> Iterator[Guest]:
+    mounts = _mounts(lambda tag, place: f"mount -t 9p -o {_9P},ro {tag} {place}")
+    words = [
+        f"console=ttyS0 panic=-1 root=/dev/root rootfstype=9p ro rootflags={_9P}",
+        # Under emulation a page-table switch at every system call costs more than anything that is measured here.
+        "mitigations=off nokaslr audit=0",
+        *_words(kernel),
+        f'init=/bin/sh -- -ec "{mounts}"',
     ]
     with run.temporary_directory("lvsforge-guest-") as sockets, contextlib.ExitStack() as stack:
         # A kept machine's shell must outlive this block, so its socket lies with the console when the path is short.
@@ -402,14 +449,9 @@ def booted(kernel: develop.Built, work: Path, store: Store, *, may_keep: bool = 
             Accelerator.probe(store.root),
             kernel=kernel.image,
             initrd=kernel.initrd,
-            append=" ".join(filter(None, words)),
-            shares=[
-                Share(tree, "/dev/root"),
-                Share(programs, "programs"),
-                Share(HERE / "inside", "inside"),
-                Share(kernel.folder, "kernel"),
-            ],
-            memory=_MEMORY[kernel.debug],
+            append=" ".join(words),
+            shares=shares,
+            memory=_MEMORY,
             network=False,
             may_keep=may_keep,
             extra=[
@@ -418,18 +460,49 @@ def booted(kernel: develop.Built, work: Path, store: Store, *, may_keep: bool = 
                 *("-device", f"virtserialport,chardev=agent,name={_PORT}"),
             ],
         )
-        with progress.step(f"booting {kernel.title}"):
-            stack.enter_context(machine)
-            link = stack.enter_context(socket.socket(socket.AF_UNIX))
-            link.connect(str(agent))
-            guest = Guest(machine, link, kernel, place)
-            greeting = _greeting(guest)
-        if greeting["uname"] != kernel.uname:
-            raise BuildError(f"{kernel.title} is {kernel.uname}, {greeting['uname']} booted", "invoke clean --store")
+        stack.enter_context(machine)
+        link = stack.enter_context(socket.socket(socket.AF_UNIX))
+        link.connect(str(agent))
+        connect = f"socat -,rawer,escape=0x1d UNIX-CONNECT:{place}   (Ctrl-] leaves)"
+        yield Guest(machine, machine.accelerator.scale, link, kernel, lambda: connect)
+
+
+@contextlib.contextmanager
+def _in_user_mode(
+    kernel: develop.Built, work: Path, store: Store, shares: Sequence[Share], may_keep: bool
+) -> Iterator[Guest]:
+    paths = {share.tag: share.path for share in shares}
+    words = [
+        f"root=/dev/root rootfstype=hostfs ro rootflags={paths['/dev/root']}",
+        *_words(kernel),
+        "init=/bin/sh",
+        "--",
+        "-ec",
+        f'"{_mounts(lambda tag, place: f"mount -t hostfs -o ro,{paths[tag]} none {place}")}"',
+    ]
+    with contextlib.ExitStack() as stack:
+        here, line = (stack.enter_context(end) for end in socket.socketpair())
+        link = Line(here)
+        name = f"test-{kernel.uname}"
+        machine = UserMode(name, work, kernel.image, words, memory=_MEMORY, line=line.fileno(), may_keep=may_keep)
+        stack.enter_context(machine)
+        line.close()  # so that the guest's end is the end of the line
+        link.settimeout(60 * machine.scale)
         try:
-            yield guest
-        finally:
-            guest.close()
+            link.ready()
+        except OSError as error:
+            raise BuildError(
+                f"{kernel.title} does not get as far as its agent: {error}",
+                f"read {machine.console}",
+                machine.console_tail(),
+            ) from None
+
+        def log() -> list[str]:
+            guest.new_messages()
+            return guest.log
+
+        guest = Guest(machine, machine.scale, link, kernel, lambda: f"screen {machine.terminal(log)}")
+        yield guest
 
 
 def _greeting(guest: Guest) -> dict[str, Any]:

@@ -53,11 +53,20 @@ class _Room:
 
         return Stage("kernel-base", {"key": self.key}, tree)
 
+    def debug_stage(self) -> Stage:
+        return Stage("kernel-debug", {}, self.base_stage().build)
+
+    def debug_options(self) -> list[config.Option]:
+        return []
+
     def cache(self) -> Path:
         return self.store.root
 
     def make(self, *words: str) -> list[str]:
         return ["make", *words]
+
+    def make_debug(self, *words: str) -> list[str]:
+        return self.make("ARCH=um", *words)
 
     def run_in_tree(self, command: list[str], mounts: dict[str, Any], *_: Any) -> None:
         if self.fails:
@@ -67,9 +76,11 @@ class _Room:
         if "all" in command:
             (upper / "arch/x86/boot").mkdir(parents=True, exist_ok=True)
             (upper / "arch/x86/boot/bzImage").write_text("image")
+            (upper / "vmlinux").write_text("program")
         if "modules_install" in command:
             (kernel,) = (path for path, inside in mounts["binds"].items() if inside == "/build/kernel")
-            (kernel / "lib/modules/6.12.107-develop/kernel/net/netfilter/ipvs").mkdir(parents=True)
+            (local,) = (word.removeprefix("LOCALVERSION=") for word in command if word.startswith("LOCALVERSION="))
+            (kernel / f"lib/modules/6.12.107{local}/kernel/net/netfilter/ipvs").mkdir(parents=True)
         if "modules" in command:
             (upper / "net/netfilter/ipvs").mkdir(parents=True, exist_ok=True)
             (upper / "net/netfilter/ipvs/ip_vs.ko").write_text("module")
@@ -135,6 +146,16 @@ def test_flavours_do_not_share_a_folder(room: _Room, tree: Callable[..., develop
     other = develop.Workshop(cast(build.Kernels, room), debug=False, flavour="rs")
     assert other.folder != _workshop(room).folder
     assert other.build(tree(core="mine\n")).flavour == "rs"
+
+
+def test_the_debug_build_is_a_program(room: _Room, tree: Callable[..., develop._Changes]) -> None:
+    workshop = develop.Workshop(cast(build.Kernels, room), debug=True)
+    built = workshop.build(tree(core="mine\n"))
+    assert [command[:2] for command in room.commands] == [["make", "ARCH=um"]] * 2
+    assert (built.debug, built.uname, built.image.read_text()) == (True, "6.12.107-debug", "program")
+    room.commands = []
+    workshop.build(tree(core="other\n"))
+    assert room.commands[0] == ["make", "ARCH=um", "M=net/netfilter/ipvs", "modules"]
 
 
 def test_a_flavour_that_nobody_knows(room: _Room, monkeypatch: pytest.MonkeyPatch) -> None:

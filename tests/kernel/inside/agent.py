@@ -1,5 +1,9 @@
 """Process 1 of the machine under test: does what the host asks for over a virtio port, one request after the other.
 
+A machine of User Mode Linux has no such ports: there it is the first serial line. READY says that the line is raw, and
+again after each PIECE bytes of a request that they were read: the line's driver never wakes up again from being told to
+wait, which it is when 4 KiB are not read.
+
 A message is its length (4 bytes, network order) and JSON; bytes travel as {"bytes": base64}. A request names an
 operation of `Agent` and its arguments; the answer is {"value": …} or {"error": text}. Not the console: the kernel
 writes into the midst of its lines.
@@ -23,11 +27,14 @@ import signal
 import socket
 import struct
 import sys
+import termios
 import time
 import traceback
+import tty
 from typing import Any
 
 PORT = "lvsforge.agent"
+LINE, READY, PIECE = "/dev/ttyS0", b"!", 1024
 NAMESPACES = "/run/netns"  # where ip-netns(8) looks for them
 JOBS = "/run/jobs"
 OUTPUT = 1 << 20  # bytes of a job's output that are answered; its end is what explains a failure
@@ -393,6 +400,38 @@ def _unpack(value: dict[str, Any]) -> Any:
     return base64.b64decode(value["bytes"]) if set(value) == {"bytes"} else value
 
 
+class Line:
+    """The serial line, as if it were a port."""
+
+    def __init__(self) -> None:
+        self.stream = open(LINE, "r+b", buffering=0)
+        self.taken = 0
+        fcntl.fcntl(self.stream, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+        tty.setraw(self.stream.fileno(), termios.TCSANOW)
+        self.stream.write(READY)
+
+    def read(self, count: int) -> bytes:
+        data = self.stream.read(min(count, PIECE - self.taken))
+        self.taken += len(data)
+        if self.taken == PIECE:
+            self.taken = 0
+            self.stream.write(READY)
+        return data
+
+    def write(self, data: bytes) -> int:
+        self.taken = 0  # an answer: the next request begins
+        return self.stream.write(data)
+
+
+def channel() -> Any:
+    """The way to the host."""
+    if not os.path.isdir("/sys/class/virtio-ports"):
+        return Line()
+    stream = open(port(), "r+b", buffering=0)
+    fcntl.fcntl(stream, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+    return stream
+
+
 def port() -> str:
     """The device of our virtio port; nobody runs udev here."""
     for name in glob.glob("/sys/class/virtio-ports/*/name"):
@@ -417,20 +456,19 @@ def serve() -> None:
     """Answer requests for ever."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # for sigtimedwait
     agent = Agent()
-    with open(port(), "r+b", buffering=0) as stream:
-        fcntl.fcntl(stream, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
-        while True:
-            (length,) = struct.unpack("!I", exactly(stream, 4))
-            request = json.loads(exactly(stream, length), object_hook=_unpack)
-            try:
-                answer = {"value": getattr(agent, request["op"])(**request["with"])}
-            except Exception as error:
-                short = isinstance(error, OSError)
-                answer = {"error": str(error) if short else traceback.format_exc(), "errno": getattr(error, "errno", 0)}
-            data = json.dumps(answer, default=_pack).encode()
-            data = struct.pack("!I", len(data)) + data
-            while data:
-                data = data[stream.write(data) :]
+    stream = channel()
+    while True:
+        (length,) = struct.unpack("!I", exactly(stream, 4))
+        request = json.loads(exactly(stream, length), object_hook=_unpack)
+        try:
+            answer = {"value": getattr(agent, request["op"])(**request["with"])}
+        except Exception as error:
+            short = isinstance(error, OSError)
+            answer = {"error": str(error) if short else traceback.format_exc(), "errno": getattr(error, "errno", 0)}
+        data = json.dumps(answer, default=_pack).encode()
+        data = struct.pack("!I", len(data)) + data
+        while data:
+            data = data[stream.write(data) :]
 
 
 if __name__ == "__main__":
