@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,18 @@ def inventory(cluster: Cluster, rendered: Path) -> str:
         rendered: where `invoke render` writes; `lvs_rootfs` of a host points there.
 
     Returns:
-        JSON, which Ansible takes as an inventory (`ansible-playbook -i FILE`, or from a script's standard output).
+        JSON, which is YAML: Ansible takes a file of it (`ansible-playbook -i hosts.json`). A script's answer would be
+        of another form.
     """
-    groups: dict[str, Any] = {
-        "directors": {"hosts": [host.name for host in cluster.directors], "vars": {"lvs_mode": cluster.mode}},
-        "realservers": {"hosts": [host.name for host in cluster.real_servers]},
+    groups = {
+        "directors": _group(cluster.directors, rendered, lvs_mode=cluster.mode),
+        "realservers": _group(cluster.real_servers, rendered),
     }
-    hosts = {host.name: _variables(host, rendered) for host in cluster.hosts}
-    return json.dumps({**groups, "_meta": {"hostvars": hosts}}, indent=1) + "\n"
+    return json.dumps({"all": {"children": groups}}, indent=1) + "\n"
+
+
+def _group(hosts: Sequence[Host], rendered: Path, **common: str) -> dict[str, Any]:
+    return {"hosts": {host.name: _variables(host, rendered) for host in hosts}, "vars": common}
 
 
 def _variables(host: Host, rendered: Path) -> dict[str, Any]:
