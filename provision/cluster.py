@@ -278,10 +278,16 @@ class _Reader:
                     f"{instance.id} is that of vrrp.instances[{rivals[0]}] too, and uplink and downlink of {arms[0]} "
                     "are one link",
                 )
-            mine = [service for service in services if service.instance == instance.name]
+            mine = [(m, service) for m, service in enumerate(services) if service.instance == instance.name]
+            for m, service in mine[1:]:
+                if set(service.directors) != set(mine[0][1].directors):
+                    self.problems.add(
+                        f"services[{m}].directors",
+                        f"not those of services[{mine[0][0]}], whose VIPs move together with its own ({instance.name})",
+                    )
             if not mine:
                 self.problems.add(f"vrrp.instances[{n}]", "no service has it")
-            elif instance.password is not None and all(vip.version == 6 for each in mine for vip in each.vips):
+            elif instance.password is not None and all(vip.version == 6 for _, each in mine for vip in each.vips):
                 self.problems.add(f"vrrp.instances[{n}].password", "VRRP for IPv6 has no passwords (RFC 5798)")
 
     def router_ids(self, directors: tuple[Director, ...]) -> None:
@@ -488,6 +494,13 @@ class _Reader:
                         self.loop(f"services[{n}].{key}.address", address, what, known[address])
                 if address in self.local:
                     self.loop(f"services[{n}].{key}.address", address, "a local address", self.local[address])
+                    continue
+                for name, pool in pools.items():
+                    if any(item.holds(address) for item in pool.ranges) and address not in pool.without:
+                        self.problems.add(
+                            f"services[{n}].{key}.address",
+                            f"{address} is in local_addresses.{name}, for a director to come; without takes it out",
+                        )
 
     def loop(self, place: str, address: Address, what: str, where: str) -> None:
         self.problems.add(place, f"{address} is {what} ({where}): its connections would go round in a loop")

@@ -65,6 +65,7 @@ class ServiceReader:
         names: dict[str, str] = {}
         taken: dict[str, str] = {}
         users: dict[Address, int] = {}
+        moved: dict[Address, tuple[str | None, str]] = {}
         found = []
         for n, item in mappings(value):
             place = f"services[{n}]"
@@ -78,6 +79,9 @@ class ServiceReader:
             service = self.service(item, place, name)
             for m, vip in self.service_vips(item.get("vips"), place):
                 users[vip] = users.get(vip, 0) + 1
+                instance, where = moved.setdefault(vip, (service.instance, f"{place}.vips[{m}]"))
+                if instance != service.instance:
+                    self.problems.add(f"{place}.vips[{m}]", f"{vip} is moved by {instance} already ({where})")
                 for port in service.ports:
                     self.once(taken, f"{vip} port {port}/{service.protocol}", f"{place}.vips[{m}]")
             found.append(service)

@@ -513,6 +513,16 @@ BAD_OSPF: dict[str, tuple[Change, list[str]]] = {
             f"(directors[1].interfaces[1].addresses[0]): {ROUND}"
         ],
     ),
+    "real server in a pool": (
+        both(
+            at("local_addresses.laddr_g1.addresses.0", "192.168.100.1-192.168.100.16"),
+            at("services.0.real_servers.1.address", "192.168.100.12"),
+        ),
+        [
+            "services[0].real_servers[1].address: 192.168.100.12 is in local_addresses.laddr_g1, for a director to "
+            "come; without takes it out"
+        ],
+    ),
     "sorry server that is a VIP": (
         at("services.0.sorry_servers", [{"address": "203.0.113.3"}]),
         [f"services[0].sorry_servers[0].address: 203.0.113.3 is a VIP (services[1].vips[0]): {ROUND}"],
@@ -605,6 +615,20 @@ BAD_VRRP: dict[str, tuple[Change, list[str]]] = {
     "instance without a service": (
         more("vrrp.instances", {"name": "VI_3", "id": 3}),
         ["vrrp.instances[2]: no service has it"],
+    ),
+    "VIP of two instances": (
+        at("services.1.vips", ["203.0.113.2", "2001:db8:ffff::3"]),
+        ["services[1].vips[0]: 203.0.113.2 is moved by VI_1 already (services[0].vips[1])"],
+    ),
+    "an instance's services on several sets of directors": (
+        both(
+            at("services.1.instance", "VI_1"),
+            at("services.1.directors", ["lvs-1"]),
+            at("vrrp.instances.1", drop=True),
+        ),
+        [
+            "services[1].directors: not those of services[0], whose VIPs move together with its own (VI_1)",
+        ],
     ),
     "service without an instance": (
         at("services.0.instance", drop=True),
