@@ -243,6 +243,24 @@ def change(remote: Remote, plan: Plan, gate: Gate, drain: float) -> None:
         _back(remote)
         raise
     remote.run(_DONE, what="ending the change")
+    if left := unsaid(plan):
+        progress.note(f"{remote.name}: no file says {', '.join(left)} any more: as they are until it boots again")
+
+
+def unsaid(plan: Plan) -> list[str]:
+    """The kernel settings that its old files name and its new ones do not: what they were before, nobody knows."""
+    old = [change.old for change in plan.changes if change.old is not None]
+    before, after = (
+        {
+            line.partition("=")[0].strip()
+            for file in files
+            if file.path.startswith("/etc/sysctl.d/")
+            for line in file.content.splitlines()
+            if "=" in line and not line.lstrip().startswith(("#", ";"))
+        }
+        for files in (old, plan.files)
+    )
+    return sorted(before - after)
 
 
 def _back(remote: Remote) -> list[str]:
@@ -391,6 +409,12 @@ _ACT: Mapping[str, str] = {
     },
 }
 
+# What the kernel has now for each key that the new files name: the old ones need not name it.
+_SETTINGS = """
+keys=$(sed -n 's/^ *\\([a-z][^ =]*\\) *=.*/\\1/p' new/etc/sysctl.d/*.conf 2>/dev/null | sort -u) || :
+sysctl -e $keys >settings 2>/dev/null || :
+"""
+
 _DONE = f"systemctl stop {_UNIT}.timer 2>/dev/null || :; systemctl reset-failed {_UNIT} 2>/dev/null || :"
 
 
@@ -402,6 +426,7 @@ def _keep(paths: Sequence[str], areas: Sequence[str], back: Sequence[str], secon
     acts = "".join(
         _ACT[area] for area in ("network", "sysctl", "rc-local", "toa-bpf", "keepalived", *ROUTING) if area in areas
     )
+    acts += f"sysctl -e -q -p {STATE}/settings\n" if "sysctl" in areas else ""
     acts += "".join(f"{line}\n" for line in back)
     rollback = (
         f"cd {STATE}\nxargs -r rm -f <absent\ncp -a old/. /\n/usr/lib/lvsforge/drop-stale-files\nset +e\n{acts}exit 0"
@@ -412,6 +437,7 @@ for file in {words}; do
     # From /, as Debian 12's cp looks for the parents of an absolute path where it stands.
     if [ -e "$file" ]; then (cd / && cp -a --parents "${{file#/}}" {STATE}/old); else echo "$file"; fi
 done >absent
+{_SETTINGS if "sysctl" in areas else ""}
 cat >rollback <<'END'
 set -eu
 {rollback}

@@ -112,7 +112,10 @@ def gate(cluster: Cluster, where: Where, seconds: float) -> Callable[[Sequence[H
         names = ", ".join(host.name for host in hosts)
         try:
             run.wait_until(
-                well, deadline=seconds, what=f"the checks of {names} pass", hint=f"invoke check --host {names}"
+                well,
+                deadline=seconds,
+                what=f"the checks of {names} pass",
+                hint=f"invoke check --cluster {cluster.path} --host {names}",
             )
         except BuildError as error:
             raise BuildError(

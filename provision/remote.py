@@ -15,6 +15,7 @@ from fabric import Config, Connection
 
 from pipeline import progress, run
 from pipeline.errors import BuildError
+from provision import secret
 from provision.host import Host
 
 _CONNECT_SECONDS = 20
@@ -82,7 +83,7 @@ class Shell:
             raise BuildError(
                 f"{self.name}: {what or 'a script'} failed with exit status {answer.status}",
                 f"ssh root@{self.name}   (and look)",
-                run.tail(answer.stderr or answer.stdout),
+                run.tail(secret.hide(answer.stderr or answer.stdout)),
             )
         return answer
 

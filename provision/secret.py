@@ -16,12 +16,13 @@ _MAX_BYTES = 4096  # a longer file is a mistaken path
 # What a daemon's configuration takes as one word, whatever stands in it.
 _WORD = re.compile(r"[!-~]+")
 _SPECIAL = re.compile(r"[\"'#!\\{}$]")  # quotes, comments, blocks and variables of keepalived's and FRR's files
-# Where a rendered file holds one: VRRP's and OSPF's keys, passwords of the routing daemons' terminals.
+# Where a rendered file holds one, and a daemon's complaint that repeats such a line: VRRP's and OSPF's keys, passwords
+# of the routing daemons' terminals.
 _LINES = (
-    re.compile(r"(?m)^(\s*auth_pass\s+)\S.*$"),
-    re.compile(r"(?m)^(\s*ip ospf message-digest-key \d+ md5\s+)\S.*$"),
-    re.compile(r"(?m)^(\s*ipv6 ospf6 authentication .* key\s+)\S.*$"),
-    re.compile(r"(?m)^(\s*(?:enable )?password\s+(?:8\s+)?)\S.*$"),
+    re.compile(r"(?m)(\bauth_pass\s+)\S.*$"),
+    re.compile(r"(?m)(\bip ospf message-digest-key \d+ md5\s+)\S.*$"),
+    re.compile(r"(?m)(\bipv6 ospf6 authentication .* key\s+)\S.*$"),
+    re.compile(r"(?m)(\bpassword\s+(?:8\s+)?)\S.*$"),
 )
 
 

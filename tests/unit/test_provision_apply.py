@@ -42,6 +42,8 @@ case "$name $*" in
     "systemctl stop lvs-rollback.timer") [ -e /var/lib/timer ] || exit 5; rm /var/lib/timer; exit 0 ;;
     "systemctl reset-failed"*) exit 1 ;;
     systemd-run*) : >/var/lib/timer ;;
+    "sysctl -e -q -p"*) sed 's/^/restored: /' "$4" >>/var/lib/calls ;;
+    "sysctl -e "*) shift; for key; do echo "$key = 7"; done; exit 0 ;;
     "ipvsadm -Gn") cat /var/lib/ipvsadm 2>/dev/null; : >/var/lib/ipvsadm ;;
 esac
 echo "$name $*" >>/var/lib/calls
@@ -89,7 +91,7 @@ class Lab:
             texts = {f"bin/{fake}": FAKE for fake in FAKES}
             texts |= {f"sbin/{daemon}": CHECKER for daemon in ("keepalived", *applying.ROUTING)}
             texts["bin/hostname"] = f"#!/bin/sh\necho {name}\n"
-            texts["lib/systemd/systemd-sysctl"] = FAKE
+            texts |= dict.fromkeys(("sbin/sysctl", "lib/systemd/systemd-sysctl"), FAKE)
             texts["lib/lvsforge/drop-stale-files"] = (IMAGE / "usr/lib/lvsforge/drop-stale-files").read_text()
             for path, text in texts.items():
                 (upper / path).parent.mkdir(parents=True, exist_ok=True)
@@ -412,6 +414,34 @@ def test_a_host_that_fails_is_rolled_back_and_stops_the_rest(failing: str, lab: 
     applying.apply(cluster, ["lvs-1", "lvs-2"], lab.connect, well)
     for name in ("lvs-1", "lvs-2"):
         assert lab.files(name) == expected(cluster, name)
+
+
+def test_kernel_settings_are_rolled_back_to_what_they_were(lab: Lab, folder: Path) -> None:
+    """A setting that no old file names has a value all the same."""
+    applying.apply(cluster_of(folder), ["lvs-1"], lab.connect, well)
+    lab.calls("lvs-1")
+    directors = copy.deepcopy(OSPF["directors"])
+    directors[0]["sysctl"] = {"net.core.somaxconn": 2048}
+    cluster = cluster_of(folder, directors=directors)
+    with pytest.raises(BuildError, match="lvs-1 is not well"):
+        applying.apply(cluster, ["lvs-1"], lab.connect, sick)
+    calls = lab.calls("lvs-1")
+    assert "restored: net.core.somaxconn = 7" in calls[calls.index("systemd-sysctl ") + 1 :]
+    assert f"sysctl -e -q -p {applying.STATE}/settings" in calls
+
+
+def test_settings_that_nobody_says_any_more_are_named(lab: Lab, folder: Path) -> None:
+    directors = copy.deepcopy(OSPF["directors"])
+    directors[0]["sysctl"] = {"net.core.somaxconn": 2048}
+    applying.apply(cluster_of(folder, directors=directors), ["lvs-1"], lab.connect, well)
+    cluster = cluster_of(folder)
+    (host, *_) = cluster.directors
+    with lab.connect(host) as remote:
+        plan = applying.compare(remote, host, render.Renderer(cluster).root_files(host))
+    assert applying.unsaid(plan) == ["net.core.somaxconn"]
+    applying.apply(cluster, ["lvs-1"], lab.connect, well)
+    with lab.connect(host) as remote:
+        assert applying.unsaid(applying.compare(remote, host, plan.files)) == []
 
 
 def test_a_change_that_was_cut_off_is_undone_first(lab: Lab, folder: Path) -> None:

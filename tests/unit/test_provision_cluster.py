@@ -756,6 +756,13 @@ def test_a_wrong_secret_is_not_told(folder: Path) -> None:
     assert problems and "1234567" not in "".join(problems.lines)
 
 
+def test_hidden_in_what_a_checker_says() -> None:
+    """A daemon repeats the line that it does not take."""
+    for line in ("ip ospf message-digest-key 8 md5 k3y", "enable password 8 k3y", "auth_pass k3y"):
+        shown = secret.hide(f"2026/11/28 No such command on config line 9:  {line}\nthe end")
+        assert shown.endswith("(secret)\nthe end") and "k3y" not in shown
+
+
 def test_hidden_in_what_is_shown(folder: Path, tmp_path: Path) -> None:
     """Every secret of a rendered file is found again by the words before it."""
     data = copy.deepcopy(OSPF)
