@@ -26,7 +26,7 @@ from provision import render, rollout
 from provision.host import File, Host
 from provision.model import Cluster
 from provision.remote import Answer, Remote, braced
-from tests.unit.test_provision_cluster import OSPF, VRRP
+from tests.unit.clusters import OSPF, VRRP
 
 pytestmark = [
     pytest.mark.runs("bwrap", "unshare"),

@@ -21,7 +21,7 @@ from provision.checks import test_high as high
 from provision.checks import test_low as low
 from provision.checks.conftest import bound
 from provision.model import Cluster, Director
-from tests.unit.test_provision_cluster import OSPF, VRRP
+from tests.unit.clusters import OSPF, VRRP
 
 # The subjects of these tests are tests themselves: imported by module, so that pytest does not take them for its own.
 

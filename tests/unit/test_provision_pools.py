@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from provision import cluster as clusters
 from provision.pools import Pool, Range
-from tests.unit.test_provision_cluster import OSPF, director
+from tests.unit.clusters import OSPF, director
 
 
 def pool(*texts: str, per_director: int, without: tuple[str, ...] = ()) -> Pool:
