@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.build, pytest.mark.guest]
 CHECKS = (
     "KASAN", "PROVE_LOCKING", "PROVE_RCU", "DEBUG_KMEMLEAK", "DEBUG_OBJECTS_TIMERS", "DEBUG_OBJECTS_RCU_HEAD",
     "DEBUG_OBJECTS_WORK", "DEBUG_LIST", "DEBUG_ATOMIC_SLEEP", "SLUB_DEBUG", "DEBUG_NET", "UBSAN", "KUNIT",
-    "IP_VS_DEBUG",
+    "IP_VS_DEBUG", "INIT_STACK_NONE", "KASAN_STACK",
 )  # fmt: skip
 
 

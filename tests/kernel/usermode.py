@@ -12,7 +12,8 @@ from types import TracebackType
 from pipeline import run
 from pipeline.vm import console_tail
 
-# Slower than a plain kernel under KVM, with all its checks; measured with the tests of stock NAT.
+# What time limits are multiplied with: that of an emulated plain kernel, which takes as long for a test. With it all
+# tests keep their limits on a host with a load of ten.
 SCALE = 6.0
 READY, PIECE = b"!", 1024  # as in inside/agent.py
 _TERMINAL = re.compile(r"Serial line 1 assigned device '([^']+)'")
