@@ -262,12 +262,17 @@ class Kernels:
         """The common fragments that the recipe names, and `debug.config`, which has the last word.
 
         Raises:
-            BuildError: see `config.read`.
+            BuildError: the recipe names one that is not there; or see `config.read`.
         """
         taken = self.recipe["debug_fragments"]
-        paths = [path for path in config.fragments(self.room / "config.d") if path.stem in taken]
+        paths = {path.stem: path for path in config.fragments(self.room / "config.d")}
+        if missing := [name for name in taken if name not in paths]:
+            raise BuildError(
+                f"kernel/kernel.yaml: debug_fragments: there is no config.d/{missing[0]}.config",
+                f"one of {', '.join(paths)}",
+            )
         own = config.read([self.room / "debug.config"], self.room.parent)
-        return config.override(config.read(paths, self.room.parent), own)
+        return config.override(config.read([paths[name] for name in sorted(taken)], self.room.parent), own)
 
     @functools.cache  # noqa: B019
     def stage(self, name: str) -> Stage:

@@ -453,8 +453,9 @@ def chosen(*, debug: bool, flavour: str = TESTED, store: Store | None = None) ->
         return debian(store)
     room = build.kernels(store)
     if flavour not in _MODULES:
-        known = "|".join([*_MODULES, DEBIAN])
-        raise BuildError(f"there is no flavour {flavour!r} to test", f"invoke test-kernel --flavour {known}")
+        known = "|".join(_MODULES if debug else [*_MODULES, DEBIAN])
+        kind = "flavour with a debug build" if debug else "flavour"
+        raise BuildError(f"there is no {kind} {flavour!r} to test", f"invoke test-kernel --flavour {known}")
     tree = series.workplace(build.ROOM / flavour)
     if tree.exists():
         return Workshop(room, debug=debug, flavour=flavour).build(_Changes.of_tree(room, tree, flavour))

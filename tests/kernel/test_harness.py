@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import select
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,6 +212,38 @@ def test_a_dead_machine_says_what_killed_it(machines: Machines, tmp_path: Path) 
             guest.run(*crash)
         with pytest.raises(Failed, match="the machine is gone"):
             guest.ask("hello")
+
+
+def test_a_kept_machine_has_a_shell(machines: Machines, tmp_path: Path) -> None:
+    """Where `keep` says, and after the block that the machine was made for."""
+    with machine.booted(machines.kernel, tmp_path, Store(), may_keep=True) as guest:
+        told, pid = guest.keep(), guest.machine.process.pid
+    try:
+        place = re.search(r"screen (\S+)|UNIX-CONNECT:(\S+)", told)
+        assert place, told
+        with socket.socket(socket.AF_UNIX) as link:
+            if place[1]:
+                line = os.open(place[1], os.O_RDWR | os.O_NOCTTY)
+            else:
+                link.connect(place[2])
+                line = os.dup(link.fileno())
+            os.write(line, b"echo $((6 * 7))-said\r")
+            said = b""
+            while b"42-said" not in said and select.select([line], [], [], 10 * guest.scale)[0]:
+                said += os.read(line, 4096)
+            os.close(line)
+        assert b"42-said" in said, said
+        assert f"kill {pid};" in told
+    finally:
+        guest.machine.process.end()
+    assert guest.machine.process.poll() is not None
+
+
+def test_requests_and_answers_of_any_size(guest: Guest) -> None:
+    """The way to the agent may be a serial line, where some sizes are harder than others."""
+    for size in (*range(900, 1000), 5000, 100_000):
+        guest.write("/tmp/size", "x" * size)  # noqa: S108  the guest's
+        assert len(guest.read("/tmp/size")) == size  # noqa: S108
 
 
 def test_rows_of_the_connection_table() -> None:

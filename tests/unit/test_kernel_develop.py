@@ -163,6 +163,9 @@ def test_a_flavour_that_nobody_knows(room: _Room, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(BuildError) as caught:
         develop.chosen(debug=False, flavour="sr", store=room.store)
     assert "lvs|rs|debian" in caught.value.hint
+    with pytest.raises(BuildError, match="no flavour with a debug build 'debian'") as caught:
+        develop.chosen(debug=True, flavour="debian", store=room.store)
+    assert caught.value.hint.endswith("lvs|rs")
 
 
 def test_the_result_can_be_booted(room: _Room, tree: Callable[..., develop._Changes]) -> None:

@@ -146,6 +146,15 @@ def test_a_comment_in_a_fragment_costs_no_compile(room: Path, tmp_path: Path) ->
     assert _kernels(room, tmp_path).base_stage().key == before
 
 
+def test_a_fragment_of_the_debug_build_must_be_there(room: Path, tmp_path: Path) -> None:
+    """Without one of them the kernel would build, and lack what is tested."""
+    recipe = room / "kernel.yaml"
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("  - 40-net\n", "  - 40-nett\n"), encoding="utf-8")
+    with pytest.raises(BuildError, match=r"debug_fragments: there is no config\.d/40-nett\.config") as caught:
+        _kernels(room, tmp_path).debug_stage()
+    assert "40-net," in caught.value.hint
+
+
 def test_an_unknown_key_in_a_flavour_is_refused(room: Path) -> None:
     with (room / "rs" / "flavour.yaml").open("a", encoding="utf-8") as stream:
         stream.write("relese: 2\n")

@@ -313,6 +313,21 @@ def test_a_background_process_ends_with_its_block(tmp_path: Path) -> None:
     assert process.poll() is not None
 
 
+@pytest.mark.runs("sh")
+@pytest.mark.parametrize("given", [True, False])
+def test_a_background_process_has_the_descriptors_that_it_is_given(tmp_path: Path, given: bool) -> None:
+    reader, writer = os.pipe()
+    with (
+        os.fdopen(reader) as heard,
+        run.start(
+            ["sh", "-c", f"echo heard >/dev/fd/{writer}"], log=tmp_path / "log", inherit=[writer] if given else []
+        ) as process,
+    ):
+        process.wait(30)
+        os.close(writer)
+        assert heard.read() == ("heard\n" if given else "")
+
+
 @pytest.mark.runs("sleep")
 def test_a_background_process_ends_when_its_block_fails(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), run.start(["sleep", "1000"], log=tmp_path / "log") as process:
