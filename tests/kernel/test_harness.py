@@ -227,12 +227,13 @@ def test_a_kept_machine_has_a_shell(machines: Machines, tmp_path: Path) -> None:
             else:
                 link.connect(place[2])
                 line = os.dup(link.fileno())
-            os.write(line, b"echo $((6 * 7))-said\r")
-            said = b""
-            while b"42-said" not in said and select.select([line], [], [], 10 * guest.scale)[0]:
-                said += os.read(line, 4096)
+            for typed, wanted in ((b"\r", b"# "), (b"echo $((6 * 7))-said\r", b"42-said")):
+                os.write(line, typed)
+                said = b""
+                while wanted not in said and select.select([line], [], [], 10 * guest.scale)[0]:
+                    said += os.read(line, 4096)
+                assert wanted in said, said
             os.close(line)
-        assert b"42-said" in said, said
         assert f"kill {pid};" in told
     finally:
         guest.machine.process.end()
