@@ -2,7 +2,8 @@
 
 The machine, the way of counting and the table are those of `kernel/bench.py`; `inside/synproxy.py` measures. Rates of
 answers are in SYNs per second of the time that the machine spends in softirqs: the director's receiving, deciding and
-answering, and the two devices of the cable. The sender is not in it.
+answering. Neither the sender is in it nor who receives the answers: they leave by a device that counts and forgets
+them, the same for all that are compared.
 """
 
 from __future__ import annotations

@@ -1,14 +1,18 @@
 """Process 1 of the machine of `invoke bench-synproxy`: measures, and leaves a line of JSON for every figure.
 
 The hosts are those of `forwarding.py`. A flood is of SYNs with the options that Linux sends, from as many clients as
-there are ports and addresses; their checksums are right, because whoever answers looks. What comes back is counted and
-dropped where it enters the client, so that no stack there is part of what is measured.
+there are ports and addresses; their checksums are right, because whoever answers looks. The way back to those clients
+is another one: a device that counts what it is told to send and forgets it, as a card does that sends it. So a flood's
+cost is what the director does, from receiving to handing the answer to a card, and nothing of who receives answers.
 
 `syn`: SYNs answered in a second of the time that the machine spends in softirqs, where the director receives, decides
 and answers; the sender runs outside of it. The sides are SYNPROXY of IPVS, the one of nftables as its documentation has
 it (SYNs are not tracked, the rest of the handshake is), and a listening socket that answers every SYN with a cookie.
+Answers must be as many as SYNs. What they are is looked at before each side is measured: one from each client.
 
-`bulk`: as in `forwarding.py`, with SYNPROXY and without.
+`bulk`: as in `forwarding.py`, with SYNPROXY and without, in segments of one size. By default SYNPROXY bounds the size
+that it tells clients to 1452, for those behind PPPoE. What smaller segments cost is no work of SYNPROXY's, so the bound
+is put out of the way.
 
 `legit`: of requests, each on a connection of its own, how many are answered while another process floods the service
 with all that it gets of the processor. Memory of slabs, connections and tracked connections must not grow.
@@ -45,19 +49,11 @@ TAKEN = {"ipvs": (4, 6), "nftables": (4,), "cookies": (4, 6)}
 FLOODED = 8080  # of the side that is not a service
 PORTS = range(1024, 65024)
 OPTIONS = bytes([2, 4, 5, 180, 4, 2, 8, 10, 0, 0, 3, 232, 0, 0, 0, 0, 1, 3, 3, 7])
+LARGEST = 1460  # segment that the MTU allows
 MOST_GROWTH = 4 << 20  # bytes of slabs that a flood may cost; 100000 connections would be thirty times as much
-SINK = """
-table netdev sink {
-  counter answered {}
-  chain in {
-    type filter hook ingress device eth0 priority 0;
-    tcp sport { 80, 8080 } tcp flags & (syn | ack) == syn | ack ip daddr 198.51.100.128/25 counter name answered drop
-    ip daddr 198.51.100.128/25 drop
-    ip6 daddr 2001:db8:1::1:0/112 tcp flags & (syn | ack) == syn | ack counter name answered drop
-    ip6 daddr 2001:db8:1::1:0/112 drop
-  }
-}
-"""
+CARD = "card"  # by it the answers to a flood leave
+BEYOND = {4: "203.0.113.2", 6: "fe80::2"}  # the router behind it
+SOURCES = 100  # addresses of a flood
 NFTABLES = """
 table inet proxy {
   chain pre { type filter hook prerouting priority raw; tcp dport 8080 tcp flags syn notrack; }
@@ -76,6 +72,42 @@ def total(data: bytes) -> int:
     while value >> 16:
         value = (value & 0xFFFF) + (value >> 16)
     return value
+
+
+@contextlib.contextmanager
+def within(namespace: str) -> Iterator[None]:
+    """Sockets that are made in this block are those of a namespace."""
+    with open("/proc/self/ns/net", "rb") as home, open(f"/run/netns/{namespace}", "rb") as there:
+        enter(there.fileno())
+        try:
+            yield
+        finally:
+            enter(home.fileno())
+
+
+def enter(namespace: int) -> None:
+    """Go into a namespace; of an open file."""
+    if ctypes.CDLL(None, use_errno=True).setns(namespace, 0):
+        raise OSError(ctypes.get_errno(), "setns")
+
+
+def wrong(frame: bytes, family: int, port: int) -> str:
+    """What is wrong with a frame as an answer to a SYN of a flood; "" if nothing is."""
+    packet = frame[14:]
+    if len(packet) < 60 or packet[0] >> 4 != family:
+        return "too short, or of another protocol"
+    size, addresses = (40, packet[8:40]) if family == 6 else (20, packet[12:20])
+    vip = socket.inet_pton(socket.AF_INET6 if family == 6 else socket.AF_INET, VIP[family])
+    tcp = packet[size:]
+    source, client, _, number = struct.unpack("!HHII", tcp[:12])
+    rules = {
+        "of another address or port": addresses[: len(vip)] == vip and source == port,
+        "no SYN-ACKs": tcp[13] == 0x12,
+        "for another number": number == 0x10010000 - client,
+        "without the client's timestamp": OPTIONS[8:12] in tcp[20:],
+        "of a wrong checksum": total(addresses + struct.pack("!II", socket.IPPROTO_TCP, len(tcp)) + tcp) == 0xFFFF,
+    }
+    return ", ".join(fault for fault, kept in rules.items() if not kept)
 
 
 class Flood:
@@ -107,7 +139,7 @@ class Flood:
 
     def syns(self, family: int, port: int) -> Iterator[bytearray]:
         """All of them, again and again."""
-        frames = [self.frame(family, source, port) for source in range(100)]
+        frames = [self.frame(family, source, port) for source in range(SOURCES)]
         while True:
             for number in PORTS:
                 frame, at = frames[number % len(frames)]
@@ -120,10 +152,7 @@ class Flood:
         pid = os.fork()
         if pid == 0:
             try:
-                with open(f"/run/netns/{hosts.CLIENT}", "rb") as there:
-                    if ctypes.CDLL(None).setns(there.fileno(), 0):
-                        raise OSError("setns")
-                with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as link:
+                with within(hosts.CLIENT), socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as link:
                     link.bind(("eth0", 0))  # protocol 0: it receives nothing
                     send = link.send
                     for sent, frame in enumerate(self.syns(family, port), 1):
@@ -143,10 +172,9 @@ class Flood:
 
 
 def answered() -> int:
-    """How many SYN-ACKs came to the client since the last look."""
-    text = hosts.run("nft", "reset", "counter", "netdev", "sink", "answered", where=hosts.CLIENT)
-    found = re.search(r"packets (\d+)", text)
-    return int(found[1]) if found else 0
+    """How many packets the card was told to send until now."""
+    info = json.loads(hosts.run("ip", "-j", "-s", "link", "show", "dev", CARD, where=hosts.DIRECTOR))[0]
+    return int(info["stats64"]["tx"]["packets"])
 
 
 def softirq() -> float:
@@ -185,14 +213,17 @@ class Bench:
         self.sides = hosts.Sides(plan["ours"], "")
         self.flood = Flood()
         self.round = 0
-        hosts.run("nft", "-f", "-", where=hosts.CLIENT, stdin=SINK)
-        # Those who send a flood answer to no question for their hardware address: the client stands before them.
         mac = self.flood.ends[6:].hex(":")
+        hosts.batch(hosts.DIRECTOR, [f"link add {CARD} type dummy", f"link set {CARD} addrgenmode none"])
+        # A router tells the world of its groups; nothing but answers may be sent there.
+        hosts.run("sysctl", "-qw", f"net.ipv6.conf.{CARD}.forwarding=0", where=hosts.DIRECTOR)
         hosts.batch(
             hosts.DIRECTOR,
             [
+                f"link set {CARD} up",
+                # In the midst of a flood a question for it may get lost.
                 *(f"neigh replace {near} lladdr {mac} dev front nud permanent" for near in NEAR.values()),
-                *(f"route add {FAR[family]} via {NEAR[family]}" for family in VIP),
+                *(f"route add {FAR[family]} via {BEYOND[family]} dev {CARD} onlink" for family in VIP),
             ],
         )
 
@@ -258,15 +289,38 @@ class Bench:
             Failed: some were not answered.
         """
         count = self.plan["syns"]
-        answered()
+        others = answered()
         before = softirq()
         self.flood.send(family, port, count)
         spent = softirq() - before
-        seen = answered()
+        seen = answered() - others
         if seen != count:
             state = hosts.run("nstat", "-s", "-z", where=hosts.DIRECTOR)
             raise hosts.Failed(f"{side}, IPv{family}: {seen} of {count} SYNs were answered\n{state}")
         return seen / spent
+
+    def look(self, side: str, family: int, port: int) -> None:
+        """Are a side's answers right? One to each client.
+
+        Raises:
+            Failed: no.
+        """
+        hosts.run("ethtool", "-K", CARD, "tx", "off", where=hosts.DIRECTOR)  # which sums some of them up
+        with within(hosts.DIRECTOR):
+            tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        with tap:
+            tap.bind((CARD, 3))  # ETH_P_ALL sees what is sent
+            tap.settimeout(10)
+            self.flood.send(family, port, SOURCES)
+            try:
+                frames = [tap.recv(2048) for _ in range(SOURCES)]
+            except TimeoutError:
+                raise hosts.Failed(f"{side}, IPv{family}: not all SYNs were answered") from None
+        hosts.run("ethtool", "-K", CARD, "tx", "on", where=hosts.DIRECTOR)
+        faults = {fault for frame in frames if (fault := wrong(frame, family, port))}
+        clients = {frame[38:58] if family == 6 else frame[30:38] for frame in frames}  # with the ports
+        if faults or len(clients) != SOURCES:
+            raise hosts.Failed(f"{side}, IPv{family}: answers are {'; '.join(sorted(faults)) or 'repeated'}")
 
     def syns(self) -> None:
         """All sides, both families."""
@@ -275,6 +329,7 @@ class Bench:
         for side in sides if self.round % 2 else reversed(sides):
             with sides[side]() as port:
                 for family in TAKEN[side]:
+                    self.look(side, family, port)
                     self.note(f"syn-v{family}", side, partial(self.rate, side, family, port))
 
     # -- connections
@@ -287,6 +342,7 @@ class Bench:
                     line for family in VIP for line in service(family, hosts.BULK, method, proxied=side == "proxied")
                 ]
                 self.load(*lines)
+                hosts.sysctl(hosts.DIRECTOR, net__ipv4__vs__synproxy_init_mss=LARGEST)
                 for size in ("large", "small"):
                     hosts.segments(size == "large")
                     for family in VIP:
@@ -301,7 +357,7 @@ class Bench:
         self.load(*(line for family in VIP for line in service(family, hosts.HTTP, "-b", proxied=True)))
         for family in VIP:
             hosts.connrate(family, 20)
-            before = held()
+            before, others = held(), answered()
             flood = self.flood.start(family, hosts.HTTP, 0)
             try:
                 url = f"http://{hosts.bracketed(VIP[family])}:{hosts.HTTP}/"
@@ -310,7 +366,7 @@ class Bench:
                 os.kill(flood, signal.SIGKILL)
                 os.waitpid(flood, 0)
             after = held()
-            if answered() < count:
+            if answered() - others < count:
                 raise hosts.Failed("there was no flood")
             if after["slabs"] > before["slabs"] + MOST_GROWTH:
                 raise hosts.Failed(f"a flood costs memory: {before}, then {after}")

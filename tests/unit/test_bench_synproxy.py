@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,32 @@ def test_the_syns_of_a_flood_are_whole(family: int) -> None:
         seen.add((packet.source, packet.sport))
     assert len({source for source, _ in seen}) == 100
     assert len(seen) > 600
+
+
+def answer(family: int, *, flags: int = 0x12, number: int = 1, port: int = 80, options: bytes = b"") -> bytes:
+    """The frame that answers the first SYN of a flood, right or wrong."""
+    flood = object.__new__(synproxy.Flood)
+    flood.ends = bytes(12)
+    syn = bytes(next(flood.syns(family, 80)))
+    size = 40 if family == 6 else 20
+    source, client, sent = struct.unpack("!HHI", syn[14 + size : 22 + size])
+    half = 16 if family == 6 else 4
+    addresses = syn[14 + size - half : 14 + size] + syn[14 + size - 2 * half : 14 + size - half]
+    options = options or struct.pack("!BBHBBBBIIBBBB", 2, 4, 1460, 4, 2, 8, 10, 77, 1000, 1, 3, 3, 7)
+    tcp = struct.pack("!HHIIBBHHH", port, source, 5, sent + number, 0xA0, flags, 1024, 0, 0) + options
+    check = 0xFFFF ^ synproxy.total(addresses + struct.pack("!II", 6, len(tcp)) + tcp)
+    assert client == 80
+    return syn[: 14 + size - 2 * half] + addresses + tcp[:16] + struct.pack("!H", check) + tcp[18:]
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_right_answer_is_told_from_wrong_ones(family: int) -> None:
+    assert synproxy.wrong(answer(family), family, 80) == ""
+    assert synproxy.wrong(answer(family), 10 - family, 80) == "too short, or of another protocol"
+    assert synproxy.wrong(answer(family), family, 81) == "of another address or port"
+    assert synproxy.wrong(answer(family, flags=0x14), family, 80) == "no SYN-ACKs"
+    assert synproxy.wrong(answer(family, number=2), family, 80) == "for another number"
+    assert synproxy.wrong(answer(family, options=bytes(20)), family, 80) == "without the client's timestamp"
+    damaged = bytearray(answer(family))
+    damaged[-1] ^= 1
+    assert synproxy.wrong(bytes(damaged), family, 80) == "of a wrong checksum"
