@@ -56,7 +56,7 @@ def test(_c: Any, k: str = "", fast: bool = False) -> None:
     help={
         "k": "only tests whose name matches this pytest expression",
         "debug": "on a build with KASAN, lockdep, kmemleak and other checks, compiled once for that",
-        "flavour": "whose kernel: lvs (director), rs (real server), debian (as Debian ships it)",
+        "flavour": "whose kernel: lvs (director), rs (real server), joint (rs with the IPVS of lvs), debian (Debian's)",
     },
 )
 def test_kernel(_c: Any, k: str = "", debug: bool = False, flavour: str = develop.TESTED) -> None:
@@ -75,7 +75,8 @@ def test_kernel(_c: Any, k: str = "", debug: bool = False, flavour: str = develo
 )
 def bench_forwarding(_c: Any, json: str = "", rounds: int = 0) -> None:
     """Compare FULLNAT with stock NAT, and stock NAT with that of the unpatched kernel; about ten minutes."""
-    _show(bench.forwarding(tools_build.stage("ipvsadm"), rounds, Path(json) if json else None))
+    tools = [tools_build.stage(name) for name in ("ipvsadm", "toa-bpf")]
+    _show(bench.forwarding(tools, rounds, Path(json) if json else None))
 
 
 @command(

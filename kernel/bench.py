@@ -13,6 +13,9 @@ comparisons shows the worst of them, by its median; the second table has them al
 Bulk data is compared in both directions (`up`: from the client), in segments of 64 KiB as cards that coalesce deliver
 them (`large`) and of the MTU (`small`), where the work on each packet weighs most.
 
+A second machine, with the real server's kernel and the director's IPVS in it, compares what the receivers of the
+client's address cost: the module, and the programs of toa-bpf.
+
 A missed limit is shown and is no failure: the exit status tells whether everything could be measured.
 """
 
@@ -30,13 +33,10 @@ from typing import Any, ClassVar
 from kernel import build, develop
 from pipeline import progress, rpm, run, settings
 from pipeline.errors import BuildError
-from pipeline.sandbox import Overlay
 from pipeline.store import Stage, Store, remove_tree
 from pipeline.vm import Accelerator, Machine, Share
 
 INSIDE = Path(__file__).resolve().parent / "inside"
-_IPVS = "net/netfilter/ipvs"
-_MODULES = ("ip_vs", "ip_vs_rr")
 _REVISION = 1  # of what the stages here make
 _MEMORY = 1536  # MiB
 _9P = "trans=virtio,version=9p2000.L,msize=512000"
@@ -135,6 +135,8 @@ ROWS = (
         lower_is_better=True,
     ),
     Row("toa-insert", "client named to the server / not", 0.98, _against(["toa-v4", "toa-v6"], "on", "off")),
+    Row("toa-module", "shown by the module / not at all", 0.98, _against(["shown-v4", "shown-v6"], "module", "none")),
+    Row("toa-bpf", "shown by BPF programs / not at all", 0.98, _against(["shown-v4", "shown-v6"], "bpf", "none")),
 )
 
 
@@ -315,39 +317,19 @@ class Report:
 
 # --- what is measured
 
-
-def stock_stage(room: build.Kernels, uname: str) -> Stage:
-    """The unpatched modules of IPVS for a kernel of another series: they name its release, so it loads them.
-
-    They are compiled in the common tree with its configuration. A flavour's own options are not in it.
-    """
-
-    def compile_(out: Path) -> None:
-        base = room.store.path(room.base_stage()) / "tree"
-        overlay = Overlay(base, out / "upper", out / "work", build.TREE)
-        mounts: dict[str, Any] = {"binds": {room.cache(): "/build/ccache"}, "overlays": [overlay]}
-        local = uname.removeprefix(room.tarball.version)
-        # The common tree's vmlinux was never linked, so modpost knows none of its symbols; the loader does.
-        words = [f"LOCALVERSION={local}", "KBUILD_MODPOST_WARN=1", *(f"{_IPVS}/{name}.ko" for name in _MODULES)]
-        log = out / "make.log"
-        room.run_in_tree(room.make(*words), mounts, log, "compiling unpatched IPVS", f"read {log}")
-        for name in _MODULES:
-            shutil.copyfile(overlay.upper / _IPVS / f"{name}.ko", out / f"{name}.ko")
-        for left in (overlay.upper, overlay.work, Path(f"{overlay.upper}.merged")):
-            remove_tree(left)
-
-    inputs = {"rev": _REVISION, "uname": uname, "make_flags": room.recipe["make_flags"]}
-    return Stage("bench-stock", inputs, compile_, [room.base_stage()], title="compiling unpatched modules of IPVS")
+DIRECTOR_TRIALS = ("forwarding", "naming", "pools", "memory")
+SERVER_TRIALS = ("showing",)
 
 
-def programs_stage(room: build.Kernels, ipvsadm: Stage) -> Stage:
-    """Our ipvsadm, unpacked."""
+def programs_stage(room: build.Kernels, tools: Sequence[Stage]) -> Stage:
+    """Our programs, unpacked."""
 
     def unpack(out: Path) -> None:
-        for package in sorted(room.store.path(ipvsadm).glob("ipvsadm-[0-9]*.x86_64.rpm")):
+        for package in sorted(path for tool in tools for path in room.store.path(tool).glob("*.x86_64.rpm")):
             rpm.unpack(room.sandbox(), package, out / "root")
 
-    return Stage("bench-programs", {"rev": _REVISION}, unpack, [ipvsadm, room.root.stage()], title="unpacking ipvsadm")
+    needs = [*tools, room.root.stage()]
+    return Stage("bench-programs", {"rev": _REVISION}, unpack, needs, title="unpacking the programs")
 
 
 @dataclass(frozen=True)
@@ -363,12 +345,23 @@ class Counted(Accelerator):
 
 @dataclass
 class Plan:
-    """What to boot, and what to do in it."""
+    """What to boot, and what to do in it.
+
+    Attributes:
+        kernel: has the director's IPVS.
+        trials: methods of inside/forwarding.py, done in every round.
+        root, programs: the machine's root file system, and our programs that lie over it.
+        stock: the folder of unpatched modules, where a trial needs them.
+        accelerator: of the machine.
+        rounds: how many; 0: as many as usual.
+        work: a folder of its own.
+    """
 
     kernel: develop.Built
+    trials: tuple[str, ...]
     root: Path
     programs: Path
-    stock: Path
+    stock: Path | None
     accelerator: Accelerator
     rounds: int
     work: Path
@@ -388,16 +381,23 @@ class Plan:
             how = "WALL CLOCK under KVM, where nothing counts instructions: the machine should be idle"
         return f"{self.kernel.title}, linux {self.kernel.uname}; {self.rounds} rounds; {how}"
 
+    @property
+    def shares(self) -> Mapping[str, Path]:
+        """Folders that are in the machine under these names."""
+        found = {"inside": INSIDE, "kernel": self.work / "kernel"}
+        return {**found, "stock": self.stock} if self.stock else found
+
     def instructions(self) -> Mapping[str, Any]:
         """For inside/forwarding.py."""
         return {
             "rounds": self.rounds,
+            "trials": self.trials,
             "connections": self.effort.connections,
             "bytes_large": self.effort.bytes_large,
             "bytes_small": self.effort.bytes_small,
             "half_open": self.effort.half_open,
-            "ours": f"/kernel/lib/modules/{self.kernel.uname}/kernel/{_IPVS}",
-            "stock": "/stock",
+            "ours": f"/kernel/lib/modules/{self.kernel.uname}/kernel/{build.IPVS}",
+            "stock": "/stock" if self.stock else "",
         }
 
     def machine(self, out: Path) -> Machine:
@@ -408,14 +408,14 @@ class Plan:
             f"mount -t 9p -o {_9P},cache=loose,ro programs /mnt/programs",
             "mount -t overlay -o lowerdir=/mnt/programs:/,upperdir=/mnt/upper,workdir=/mnt/work root /mnt/root",
             "cd /mnt/root",
-            "mkdir -p inside kernel stock out usr/lib/modules",
+            f"mkdir -p {' '.join(self.shares)} out usr/lib/modules",
             *(
                 f"mount -t {kind} {kind} {place}"
                 for kind, place in (("proc", "proc"), ("sysfs", "sys"), ("tmpfs", "run"))
             ),
             "mount -t devtmpfs dev dev",
             "mount -t tmpfs tmp tmp",
-            *(f"mount -t 9p -o {_9P},cache=loose,ro {tag} {tag}" for tag in ("inside", "kernel", "stock")),
+            *(f"mount -t 9p -o {_9P},cache=loose,ro {tag} {tag}" for tag in self.shares),
             f"mount -t 9p -o {_9P} out out",
             "mount --bind kernel/lib/modules usr/lib/modules",
             f"exec chroot . python3 /inside/{self.script}",
@@ -436,9 +436,7 @@ class Plan:
             shares=[
                 Share(self.root, "/dev/root"),
                 Share(self.programs, "programs"),
-                Share(INSIDE, "inside"),
-                Share(self.work / "kernel", "kernel"),
-                Share(self.stock, "stock"),
+                *(Share(path, tag) for tag, path in self.shares.items()),
                 Share(out, "out", readonly=False),
             ],
             memory=_MEMORY,
@@ -457,7 +455,7 @@ class Plan:
         out.mkdir(parents=True)
         # A kernel that is worked on may be compiled anew while we measure, and modules are loaded in every round.
         for part in ("boot", "lib"):
-            shutil.copytree(self.kernel.folder / part, self.work / "kernel" / part, copy_function=_link)
+            shutil.copytree(self.kernel.folder / part, self.work / "kernel" / part, copy_function=rpm.link_or_copy)
         (out / "plan.json").write_text(json.dumps(self.instructions()) + "\n", encoding="utf-8")
         results = out / "results.jsonl"
         results.touch()
@@ -494,11 +492,11 @@ class Plan:
         return text
 
 
-def forwarding(ipvsadm: Stage, rounds: int = 0, file: Path | None = None) -> list[str]:
+def forwarding(tools: Sequence[Stage], rounds: int = 0, file: Path | None = None) -> list[str]:
     """Measure and return the table; a missed limit is a notice.
 
     Args:
-        ipvsadm: the stage of our ipvsadm's packages.
+        tools: the stages of our ipvsadm's and toa-bpf's packages.
         rounds: how many; 0: five, or twenty where instructions cannot be counted.
         file: takes the rows as JSON.
 
@@ -509,16 +507,25 @@ def forwarding(ipvsadm: Stage, rounds: int = 0, file: Path | None = None) -> lis
     store = Store()
     room = build.kernels(store)
     kernel = develop.chosen(debug=False, store=store)
+    servers = develop.joint(store)
     root = store.ensure(develop.guest_root(store).stage()) / "root"
-    programs = store.ensure(programs_stage(room, ipvsadm)) / "root"
-    stock = store.ensure(stock_stage(room, kernel.uname))
+    programs = store.ensure(programs_stage(room, tools)) / "root"
+    stock = store.ensure(room.ipvs_stage(kernel.uname))
     accelerator = Accelerator.probe(store.root)
     if accelerator.name == "tcg":
         accelerator = Counted(**accelerator.__dict__)
-    plan = Plan(kernel, root, programs, stock, accelerator, rounds, settings.out() / "bench-forwarding")
-    with store.lock("bench-forwarding"), progress.step(f"measuring {kernel.title} in {plan.rounds} rounds"):
-        text = plan.run()
-    return shown(Report.of(plan.title, parse(text), plan.rounds), file)
+    work = settings.out() / "bench-forwarding"
+    plans = [
+        Plan(kernel, DIRECTOR_TRIALS, root, programs, stock, accelerator, rounds, work / "director"),
+        Plan(servers, SERVER_TRIALS, root, programs, None, accelerator, rounds, work / "servers"),
+    ]
+    samples = []
+    with store.lock("bench-forwarding"):
+        for plan in plans:
+            with progress.step(f"measuring {plan.kernel.title} in {plan.rounds} rounds"):
+                samples += parse(plan.run())
+    title = f"{plans[0].title}; toa-module, toa-bpf: {servers.title}"
+    return shown(Report.of(title, samples, plans[0].rounds), file)
 
 
 def shown(report: Report, file: Path | None) -> list[str]:
@@ -541,7 +548,3 @@ def check(rounds: int, file: Path | None, task: str = "bench-forwarding") -> Non
         wrong.append(f"--json {file}: {'is a folder' if file.is_dir() else 'its folder does not exist'}")
     if wrong:
         raise BuildError("; ".join(wrong), f"invoke --help {task}")
-
-
-def _link(source: str, target: str) -> None:
-    rpm.link_or_copy(Path(source), Path(target))

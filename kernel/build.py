@@ -35,7 +35,12 @@ Make = Callable[..., list[str]]
 # Raised when this file builds other bytes from the same inputs.
 _BASE_REVISION = 1
 _FLAVOUR_REVISION = 2
+_IPVS_REVISION = 1
 _SPACE = {"base": 6.0, "flavour": 4.0}  # GB; measured: the tree 3.3 at its end, an overlay with the packages 2.5
+IPVS = "net/netfilter/ipvs"
+IPVS_MODULES = ("ip_vs", "ip_vs_rr")  # what comparisons of kernels need of it
+# Changes below them alter no object of the kernel.
+INERT = ("Documentation/", "tools/", "LICENSES/", "MAINTAINERS", "CREDITS", ".gitignore", ".mailmap")
 
 RECIPE_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -298,6 +303,25 @@ class Kernels:
             title=f"building kernel-{name}",
         )
 
+    def ipvs_stage(self, uname: str, names: Sequence[str] = ()) -> Stage:
+        """The modules of IPVS for a kernel of another series: they name its release, so it loads them.
+
+        They are compiled in the common tree, over which the series and options of these flavours are laid. The first is
+        the one that the kernel was made of, so that both agree about structures; none at all is the unpatched kernel.
+
+        Args:
+            uname: of the kernel that is to load them.
+            names: flavours, of which no two may change the same file of the kernel.
+        """
+        inputs = {"rev": _IPVS_REVISION, "uname": uname, "make_flags": self.recipe["make_flags"]}
+        return Stage(
+            f"ipvs-{'-'.join(names) or 'stock'}",
+            inputs,
+            lambda out: self._build_ipvs([flavour(name, self.room) for name in names], uname, out),
+            [self.base_stage(), *(self.stage(name) for name in names)],
+            title=f"compiling the modules of IPVS, {' and '.join(names) or 'unpatched'}, for {uname}",
+        )
+
     def release(self, name: str) -> str:
         """`NUMBER.KEY8` of a flavour's packages."""
         return f"{flavour(name, self.room).release}.{self.stage(name).key[:8]}"
@@ -404,6 +428,25 @@ class Kernels:
         for left in (overlay.upper, overlay.work, Path(f"{overlay.upper}.merged")):
             remove_tree(left)
 
+    def _build_ipvs(self, items: Sequence[Flavour], uname: str, out: Path) -> None:
+        base = self.store.path(self.base_stage()) / "tree"
+        overlay = Overlay(base, out / "upper", out / "work", TREE)
+        mounts: dict[str, Any] = {"binds": {self.cache(): "/build/ccache"}, "overlays": [overlay]}
+        log = out / "make.log"
+        must_be_apart(items)
+        for item in items:
+            self._patch(item, base, mounts, out, log)
+        if items:
+            self.configure([*self.options, *(option for item in items for option in item.options)], mounts, out, log)
+        # The common tree's vmlinux was never linked, so modpost knows none of its symbols; the loader does.
+        local = f"LOCALVERSION={uname.removeprefix(self.tarball.version)}"
+        words = [local, "KBUILD_MODPOST_WARN=1", *(f"{IPVS}/{name}.ko" for name in IPVS_MODULES)]
+        self.run_in_tree(self.make(*words), mounts, log, "compiling the modules of IPVS", f"read {log}")
+        for name in IPVS_MODULES:
+            shutil.copyfile(overlay.upper / IPVS / f"{name}.ko", out / f"{name}.ko")
+        for left in (overlay.upper, overlay.work, Path(f"{overlay.upper}.merged")):
+            remove_tree(left)
+
     def _patch(self, item: Flavour, base: Path, mounts: Mapping[str, Any], out: Path, log: Path) -> None:
         """Lay the files as the series makes them over the tree."""
         if not item.series.names:
@@ -430,14 +473,13 @@ class Kernels:
         Raises:
             BuildError: a patch does not apply.
         """
-        changes = [change for path in item.series.paths for change in patches.parse(path).changes]
-        touched = sorted({name for change in changes for name in (change.old, change.new) if name})
-        for name in touched:
+        names = touched(item.series)
+        for name in names:
             if (base / name).is_file():
                 (scratch / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(base / name, scratch / name)
         patches.apply(scratch, item.series, label=f"linux {self.tarball.version}")
-        return [name for name in touched if not (scratch / name).exists()]
+        return [name for name in names if not (scratch / name).exists()]
 
     def new_warnings(self, name: str, out: Path) -> list[str]:
         """Compile the C files that a series touches with W=1, with and without it; returns the warnings that it adds.
@@ -496,6 +538,29 @@ class Kernels:
         config.check(options, config.parse(shown.stdout))
         asked.unlink()
         return shown.stdout
+
+
+def touched(series: patches.Series) -> list[str]:
+    """The files that a series changes, makes or removes."""
+    changes = [change for path in series.paths for change in patches.parse(path).changes]
+    return sorted({name for change in changes for name in (change.old, change.new) if name})
+
+
+def must_be_apart(items: Sequence[Flavour]) -> None:
+    """Refuse flavours whose series change the same file of the kernel, because a file is laid as a whole.
+
+    Raises:
+        BuildError: two do.
+    """
+    changed: dict[str, str] = {}
+    for item in items:
+        for name in touched(item.series):
+            if name in changed and not name.startswith(INERT):
+                raise BuildError(
+                    f"kernel/{item.name} and kernel/{changed[name]} both change {name}",
+                    "carry both changes in one series: nothing lays them over each other",
+                )
+            changed[name] = item.name
 
 
 def image(packages: Path, name: str) -> Path:

@@ -26,14 +26,13 @@ from pipeline.store import Stage, Store, digest, remove_tree
 
 TESTED = "lvs"  # the flavour that is meant when none is named
 DEBIAN = "debian"  # is no flavour of ours, but one to test
+JOINT = "joint"  # nor is this: see `joint`
 TESTS = settings.TOP / "tests" / "kernel"
-# Changes below them alter no object of the kernel.
-_INERT = ("Documentation/", "tools/", "LICENSES/", "MAINTAINERS", "CREDITS", ".gitignore", ".mailmap")
 # Of each flavour the folder that only modules are made of, most of which its series writes.
-_MODULES = {"lvs": "net/netfilter/ipvs", "rs": "net/netfilter/ipvs"}
+_MODULES = {"lvs": build.IPVS, "rs": "net/toa"}
 # What the kernel's own tests of the network need to run: scripts, nothing compiled.
 _SELFTESTS = "tools/testing/selftests"
-_SCRIPTS = ("net/netfilter", "net/lib.sh", "net/lib", "kselftest")
+_SCRIPTS = ("net/netfilter", "net/lib.sh", "net/lib", "net/toa.sh", "net/toa_peer.py", "kselftest")
 _REVISION = 1  # of the layout of a developer's folder
 _SPACE = {"develop": 4.0, "unpacked": 0.5}  # GB; measured: an overlay with vmlinux and the installed modules 2.6
 
@@ -98,10 +97,12 @@ def guest_root(store: Store | None = None) -> Root:
 
 
 def packaged(name: str, store: Store | None = None) -> Built:
-    """A flavour's kernel as its package holds it, built if need be; or Debian's."""
+    """A flavour's kernel as its package holds it, built if need be; or Debian's, or the joint one."""
     store = store or Store()
     if name == DEBIAN:
         return debian(store)
+    if name == JOINT:
+        return joint(store)
     room = build.kernels(store)
     folder = store.ensure(_unpacked_stage(room, name))
     title = f"kernel-{name} {room.tarball.version}-{room.release(name)}"
@@ -141,6 +142,36 @@ def _selftests(base: Path, changes: _Changes, out: Path) -> None:
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
+
+
+def joint(store: Store | None = None) -> Built:
+    """The real server's kernel with the director's IPVS: both in one machine, as the packages hold them.
+
+    Raises:
+        BuildError: see `build.Kernels.ipvs_stage`.
+    """
+    store = store or Store()
+    room = build.kernels(store)
+    rs = packaged("rs", store)
+    modules = room.ipvs_stage(rs.uname, ("rs", TESTED))
+    unpacked = _unpacked_stage(room, "rs")
+
+    def make(out: Path) -> None:
+        for part in ("boot", "lib", "selftests"):
+            shutil.copytree(store.path(unpacked) / part, out / part, symlinks=True, copy_function=rpm.link_or_copy)
+        folder = out / "lib/modules" / rs.uname / "kernel" / build.IPVS
+        remove_tree(folder)  # no module of another IPVS may stay beside ours
+        folder.mkdir()
+        for name in build.IPVS_MODULES:
+            shutil.copyfile(store.path(modules) / f"{name}.ko", folder / f"{name}.ko")
+        for path in (out / "lib/modules" / rs.uname).glob("modules.*"):
+            # What depmod writes it writes anew; the rest is read only, and shares its bytes with the unpacked package.
+            if path.name not in ("modules.order", "modules.builtin", "modules.builtin.modinfo"):
+                path.unlink()
+        room.sandbox().run(["depmod", "-b", "/build/out", rs.uname], binds={out: "/build/out"}, what="depmod")
+
+    stage = Stage("joint-kernel", {"rev": _REVISION}, make, [unpacked, modules, room.root.stage()])
+    return Built(f"{rs.title} with the IPVS of kernel-{TESTED}", rs.uname, store.ensure(stage), flavour=JOINT)
 
 
 # --- what a distribution ships
@@ -332,7 +363,7 @@ class Workshop:
         """
         mounts = self._mounts()
         configured = self._configure(state, mounts)
-        names = [name for name in state["pending"] if not name.startswith(_INERT)]
+        names = [name for name in state["pending"] if not name.startswith(build.INERT)]
         if state["whole"] and not configured and not names:
             return
         local = f"LOCALVERSION=-{self._local}"
@@ -449,11 +480,11 @@ def chosen(*, debug: bool, flavour: str = TESTED, store: Store | None = None) ->
         BuildError: there is no such flavour, or it does not compile.
     """
     store = store or Store()
-    if flavour == DEBIAN and not debug:
-        return debian(store)
+    if flavour in (DEBIAN, JOINT) and not debug:
+        return packaged(flavour, store)
     room = build.kernels(store)
     if flavour not in _MODULES:
-        known = "|".join(_MODULES if debug else [*_MODULES, DEBIAN])
+        known = "|".join(_MODULES if debug else [*_MODULES, DEBIAN, JOINT])
         kind = "flavour with a debug build" if debug else "flavour"
         raise BuildError(f"there is no {kind} {flavour!r} to test", f"invoke test-kernel --flavour {known}")
     tree = series.workplace(build.ROOM / flavour)

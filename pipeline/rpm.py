@@ -168,7 +168,7 @@ def sign(sandbox: Sandbox, key: SigningKey, folder: Path) -> None:
         )
 
 
-def link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: str | Path, target: str | Path) -> None:
     """A hard link where both are on one file system, else a copy."""
     try:
         os.link(source, target)

@@ -28,7 +28,7 @@ import subprocess  # noqa: TID251  pipeline/run.py is not in the machine
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -104,7 +104,9 @@ def bracketed(address: str) -> str:
 
 
 def build() -> None:
-    """Make the namespaces, their addresses and the servers."""
+    """Make the namespaces, their addresses and the servers; mount what programs of BPF are attached to and kept in."""
+    run("mount", "-t", "cgroup2", "cgroup2", "/sys/fs/cgroup")
+    run("mount", "-t", "bpf", "bpf", "/sys/fs/bpf")
     run("ip", "link", "set", "lo", "up")
     for name in (CLIENT, DIRECTOR, SERVER):
         run("ip", "netns", "add", name)
@@ -162,10 +164,10 @@ def until(probe: Callable[[], bool], what: str) -> None:
 # --- the director
 
 
-def loaded() -> bool:
-    """Whether IPVS is in the kernel."""
+def loaded(module: str) -> bool:
+    """Whether a module is in the kernel."""
     with open("/proc/modules", encoding="ascii") as stream:
-        return any(line.startswith("ip_vs ") for line in stream)
+        return any(line.startswith(f"{module} ") for line in stream)
 
 
 class Sides:
@@ -178,7 +180,7 @@ class Sides:
 
     def load(self, side: str, pools: bool = False) -> None:
         """Modules as after boot, and the services of a side; for the pool trial those of the pools."""
-        if loaded():
+        if loaded("ip_vs"):
             run("ipvsadm", "-C", where=DIRECTOR)
             run("rmmod", "ip_vs_rr", "ip_vs")
         folder = self.modules[side]
@@ -329,12 +331,48 @@ class Flood:
 SYN, RST, ACK = 0x02, 0x04, 0x10
 
 
+@contextlib.contextmanager
+def module() -> Iterator[None]:
+    """The module `toa`."""
+    run("modprobe", "toa")
+    yield
+    run("rmmod", "toa")
+
+
+@contextlib.contextmanager
+def bpf() -> Iterator[None]:
+    """The programs of toa-bpf, configured as its package has them."""
+    run("toa-bpf", "load")
+    yield
+    run("toa-bpf", "unload")
+
+
+RECEIVERS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    "none": contextlib.nullcontext,
+    "module": module,
+    "bpf": bpf,
+}
+
+
+def named() -> int:
+    """How many connections the receiver that is there, if one is, was named a client of."""
+    if os.path.exists("/sys/fs/bpf/toa"):
+        text = run("toa-bpf", "stats")
+    elif loaded("toa"):
+        text = run("cat", "/proc/net/toa_stats", where=SERVER)
+    else:
+        return 0
+    (row,) = (line.split() for line in text.splitlines() if line.startswith("syn_recv_sock_toa "))
+    return sum(map(int, row[1:]))
+
+
 class Bench:
     """All of it.
 
     Args:
-        plan: `rounds`, `connections` of a connection rate, `bytes_large` and `bytes_small` of bulk data,
-            `half_open` connections for memory; `ours` and `stock`, the folders of the modules.
+        plan: `rounds`, the `trials` of each (methods), `connections` of a connection rate, `bytes_large` and
+            `bytes_small` of bulk data, `half_open` connections for memory; `ours` and `stock`, the folders of the
+            modules.
     """
 
     def __init__(self, plan: dict[str, Any]) -> None:
@@ -351,8 +389,17 @@ class Bench:
             spent = {"user": ticks.user, "kernel": ticks.kernel}
             say(trial=trial, side=side, round=self.round, value=value, **spent)
 
-    def forwarding(self, side: str) -> None:
-        """Connections and bulk data, both families."""
+    def ordered(self, *sides: str) -> tuple[str, ...]:
+        """What follows on each other is swapped from round to round."""
+        return sides if self.round % 2 else sides[::-1]
+
+    def forwarding(self) -> None:
+        """Connections and bulk data, both families, on every side."""
+        for side in self.ordered("fullnat", "nat", "stock"):
+            self.forward(side)
+
+    def forward(self, side: str) -> None:
+        """The same on one side."""
         plan = self.plan
         self.sides.load(side)
         for family in VIP:
@@ -365,8 +412,13 @@ class Bench:
                     self.note(f"bulk-v{family}-{direction}-{size}", side, measure)
         segments(True)
 
-    def memory(self, side: str) -> None:
+    def memory(self) -> None:
         """Bytes of a half-open connection."""
+        for side in self.ordered("fullnat", "stock"):
+            self.half_open(side)
+
+    def half_open(self, side: str) -> None:
+        """The same on one side."""
         count = self.plan["half_open"]
         self.sides.load(side)
         connrate(4, 8)  # what the first connection of all needs is not what each needs
@@ -379,12 +431,25 @@ class Bench:
         if self.round:
             say(trial="memory", side=side, round=self.round, value=value)
 
+    def showing(self) -> None:
+        """Connections per second where accept() shows the client that the director names, and where it does not."""
+        self.sides.load("fullnat")
+        for side in self.ordered("none", "module", "bpf"):
+            with RECEIVERS[side]():
+                for family in VIP:
+                    connrate(family, 200)
+                    shown = named()
+                    count = self.plan["connections"]
+                    self.note(f"shown-v{family}", side, partial(connrate, family, count))
+                    if side != "none" and named() - shown < count:
+                        raise Failed(f"{side}: {named() - shown} of {count} connections were named")
+
     def naming(self) -> None:
         """Connections per second with the client's address told to the real server, and without."""
         self.sides.load("fullnat")
         for family in VIP:
             connrate(family, 200)
-            for side in ("on", "off") if self.round % 2 else ("off", "on"):
+            for side in self.ordered("on", "off"):
                 sysctl(DIRECTOR, net__ipv4__vs__fullnat_toa_entry=int(side == "on"))
                 self.note(f"toa-v{family}", side, partial(connrate, family, self.plan["connections"]))
 
@@ -434,18 +499,13 @@ class Bench:
         self.note("connrate-ports", pool, partial(connrate, 4, self.plan["connections"] // 2, POOLS[pool]))
 
     def run(self) -> None:
-        """Warm up, then the rounds. What follows on each other is swapped from round to round."""
-        self.forwarding("nat")
+        """Warm up, then the rounds."""
+        self.forward("nat")
         for number in range(1, self.plan["rounds"] + 1):
             self.round = number
             say(begins=number)
-            sides = ["fullnat", "nat", "stock"]
-            for side in sides if self.round % 2 else reversed(sides):
-                self.forwarding(side)
-            self.naming()
-            self.pools()
-            for side in ("fullnat", "stock") if self.round % 2 else ("stock", "fullnat"):
-                self.memory(side)
+            for trial in self.plan["trials"]:
+                getattr(self, trial)()
         say(ends=self.plan["rounds"])
 
 

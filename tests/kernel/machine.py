@@ -22,7 +22,7 @@ from kernel import develop
 from pipeline import progress, rpm, run, sandbox, settings
 from pipeline.debroot import Root
 from pipeline.errors import BuildError
-from pipeline.store import Stage, Store
+from pipeline.store import Stage, Store, digest
 from pipeline.vm import Accelerator, Machine, Share
 from tests.kernel.usermode import Line, UserMode
 from tools import build as tools
@@ -347,15 +347,24 @@ def programs_stage(store: Store) -> Stage:
     packages = [room.stage(name) for name in _PROGRAMS]
     sanitized = sanitized_keepalived(store)
 
+    source = HERE / "inside" / "peer.c"
+
     def unpack(out: Path) -> None:
         box = sandbox.Sandbox(store.path(room.root.stage()) / "root")
         for file in (file for package in packages for file in tools.packages(store.path(package))):
             rpm.unpack(box, file, out / "root")
         for file in tools.packages(store.path(sanitized)):
             rpm.unpack(box, file, out / f"root{SANITIZED}")
+        box.run(
+            ["gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-o", "/build/root/usr/bin/peer", "/build/peer.c"],
+            binds={out / "root": "/build/root"},
+            ro_binds={source: "/build/peer.c"},
+            what=f"compiling {source.name}",
+        )
 
     title = f"unpacking {', '.join(_PROGRAMS)}"
-    return Stage("test-programs", {"rev": 2}, unpack, [*packages, sanitized, room.root.stage()], title=title)
+    inputs = {"rev": 2, source.name: digest(source)}
+    return Stage("test-programs", inputs, unpack, [*packages, sanitized, room.root.stage()], title=title)
 
 
 @contextlib.contextmanager

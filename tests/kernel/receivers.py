@@ -9,6 +9,7 @@ import pytest
 
 from tests.kernel import packets
 from tests.kernel.lab import Lab
+from tests.kernel.machine import Guest
 from tests.kernel.naming import (
     ANY,
     CLIENT,
@@ -25,6 +26,14 @@ from tests.kernel.naming import (
     shows,
 )  # fmt: skip
 from tests.kernel.topology import FAMILIES
+
+
+def mount_for_bpf(guest: Guest) -> None:
+    """The file systems that systemd would have mounted."""
+    mounts = guest.read("/proc/mounts")
+    for kind, place in (("cgroup2", "/sys/fs/cgroup"), ("bpf", "/sys/fs/bpf")):
+        if f" {place} " not in mounts:
+            guest.run("mount", "-t", kind, kind, place)
 
 
 class Scenarios:

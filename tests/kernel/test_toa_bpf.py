@@ -10,7 +10,7 @@ import pytest
 from tests.kernel.lab import Lab, Namespace
 from tests.kernel.machine import Done, Guest
 from tests.kernel.naming import CLIENT, CPORT, DEFAULT, FAR, MSS, NEAR, SERVER, Room, named, shows
-from tests.kernel.receivers import Scenarios
+from tests.kernel.receivers import Scenarios, mount_for_bpf
 from tests.kernel.topology import FAMILIES
 
 pytestmark = [pytest.mark.build, pytest.mark.guest]
@@ -50,10 +50,7 @@ def machine_with_bpf(guest: Guest) -> Guest:
         pytest.skip(f"{guest.kernel.title} has no /sys/kernel/btf/vmlinux, which programs of BPF are fitted to")
     if "toa" in guest.modules():
         guest.run("rmmod", "toa", seconds=20)
-    mounts = guest.read("/proc/mounts")
-    for kind, place in (("cgroup2", "/sys/fs/cgroup"), ("bpf", "/sys/fs/bpf")):
-        if f" {place} " not in mounts:
-            guest.run("mount", "-t", kind, kind, place)
+    mount_for_bpf(guest)
     return guest
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kernel import bench, develop
+from kernel import bench, build, develop
 from kernel.inside import forwarding
 from pipeline import progress, vm
 from pipeline.errors import BuildError
@@ -56,6 +56,12 @@ FIGURES: dict[tuple[str, str], list[float]] = {
     ("toa-v4", "off"): [2702.3, 2699.8, 2704.1],
     ("toa-v6", "on"): [2450.9, 2449.0, 2452.7],
     ("toa-v6", "off"): [2466.0, 2468.3, 2463.9],
+    ("shown-v4", "none"): [2684.0, 2681.5, 2688.2],
+    ("shown-v4", "module"): [2680.1, 2679.2, 2683.3],
+    ("shown-v4", "bpf"): [2650.6, 2648.8, 2655.9],
+    ("shown-v6", "none"): [2450.9, 2449.0, 2452.7],
+    ("shown-v6", "module"): [2448.8, 2446.1, 2450.0],
+    ("shown-v6", "bpf"): [2421.7, 2420.3, 2425.5],
     ("memory", "fullnat"): [451.54, 451.51, 451.54],
     ("memory", "stock"): [341.31, 341.36, 341.44],
 }
@@ -111,6 +117,8 @@ def test_the_rows_of_a_run() -> None:
         "connrate-90pct-ports",
         "memory-per-connection",
         "toa-insert",
+        "toa-module",
+        "toa-bpf",
     ]
     assert rows["bulk-v4"] == {"name": "bulk-v4", "ratio": 0.9254, "low": 0.9250, "high": 0.9328, "rounds": 3}
     assert rows["connrate-v6"]["ratio"] == 0.9683
@@ -130,6 +138,8 @@ def test_the_limits_are_those_that_were_agreed() -> None:
         "connrate-90pct-ports": (0.80, False),
         "memory-per-connection": (1.35, True),
         "toa-insert": (0.98, False),
+        "toa-module": (0.98, False),
+        "toa-bpf": (0.98, False),
     }
 
 
@@ -227,13 +237,13 @@ def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("nothing_is_built")
 def test_bad_input_is_refused_before_anything_is_built(rounds: int, file: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=re.escape(said)):
-        bench.forwarding(Stage("x", {}, lambda _: None), rounds, tmp_path / file if file else None)
+        bench.forwarding([Stage("x", {}, lambda _: None)], rounds, tmp_path / file if file else None)
 
 
 @pytest.mark.usefixtures("nothing_is_built")
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"--rounds 1000.*--json"):
-        bench.forwarding(Stage("x", {}, lambda _: None), 1000, tmp_path)
+        bench.forwarding([Stage("x", {}, lambda _: None)], 1000, tmp_path)
 
 
 # --- the whole, without a machine
@@ -248,7 +258,9 @@ class Root:
 
 def plan(accelerator: vm.Accelerator, tmp_path: Path, rounds: int = 0) -> bench.Plan:
     kernel = develop.Built("kernel-lvs 6.12.107-1.abc", "6.12.107-1.abc.lvs", tmp_path / "kernel")
-    return bench.Plan(kernel, tmp_path, tmp_path, tmp_path, accelerator, rounds, tmp_path / "work")
+    return bench.Plan(
+        kernel, bench.DIRECTOR_TRIALS, tmp_path, tmp_path, tmp_path, accelerator, rounds, tmp_path / "work"
+    )
 
 
 def test_a_run_leaves_the_rows_and_warns_of_missed_limits(
@@ -259,16 +271,23 @@ def test_a_run_leaves_the_rows_and_warns_of_missed_limits(
     monkeypatch.setattr(develop, "guest_root", lambda _store: Root())
     monkeypatch.setattr(Store, "ensure", lambda _self, _stage: tmp_path)
     monkeypatch.setattr(vm.Accelerator, "probe", staticmethod(lambda _cache: TCG))
-    monkeypatch.setattr(bench, "stock_stage", lambda *_: None)
+    monkeypatch.setattr(develop, "joint", lambda _store: dataclasses.replace(kernel, title="both"))
+    monkeypatch.setattr(build.Kernels, "ipvs_stage", lambda *_: None)
     monkeypatch.setattr(bench, "programs_stage", lambda *_: None)
-    monkeypatch.setattr(bench.Plan, "run", lambda _: "\n".join(lines(FIGURES)))
+
+    def run(own: bench.Plan) -> str:
+        shown = own.trials == bench.SERVER_TRIALS
+        return "\n".join(lines({key: row for key, row in FIGURES.items() if key[0].startswith("shown") == shown}))
+
+    monkeypatch.setattr(bench.Plan, "run", run)
     progress.configure("plain")
     file = tmp_path / "rows.json"
     file.write_text("older")
-    table = bench.forwarding(Stage("ipvsadm", {}, lambda _: None), ROUNDS, file)
+    table = bench.forwarding([Stage("ipvsadm", {}, lambda _: None)], ROUNDS, file)
     assert json.loads(file.read_text()) == report().data()
     assert [path.name for path in tmp_path.glob("*rows.json*")] == ["rows.json"]
     assert "the series, linux 6.12.107-develop; 3 rounds; instructions counted" in table[0]
+    assert table[0].endswith("both")
     assert "limits were missed: bulk-v4, bulk-v6" in capsys.readouterr().err
 
 
@@ -299,6 +318,11 @@ def test_the_machine_finds_everything_that_it_is_told_of(tmp_path: Path) -> None
         assert f" {tag} {'/mnt/programs' if tag == 'programs' else tag}" in machine.append
     assert len(machine.append) < 2048  # what x86 takes
     told = own.instructions()
+    without = dataclasses.replace(own, stock=None)
+    assert "stock" not in {share.tag for share in without.machine(tmp_path / "out").shares}
+    assert "stock" not in without.machine(tmp_path / "out").append
+    assert without.instructions()["stock"] == ""
+    assert all(callable(getattr(forwarding.Bench, name)) for name in (*bench.DIRECTOR_TRIALS, *bench.SERVER_TRIALS))
     assert told["ours"] == "/kernel/lib/modules/6.12.107-1.abc.lvs/kernel/net/netfilter/ipvs"
     text = inspect.getsource(forwarding)
     read = set(re.findall(r'plan\["(\w+)"\]', text)) | {f"bytes_{size}" for size in ("large", "small")}

@@ -75,7 +75,7 @@ def test_an_unknown_flavour_names_the_known_ones() -> None:
 
 def test_a_flavour_may_not_change_a_common_option(room: Path) -> None:
     """It would recompile nearly everything: flavours differ by leaves only."""
-    (room / "rs" / "config.d").mkdir()
+    (room / "rs" / "config.d").mkdir(exist_ok=True)
     (room / "rs" / "config.d" / "10-toa.config").write_text("# why: a test\nCONFIG_SMP=n\n", encoding="utf-8")
     with pytest.raises(BuildError) as caught:
         build.flavour("rs", room)
@@ -153,6 +153,25 @@ def test_a_fragment_of_the_debug_build_must_be_there(room: Path, tmp_path: Path)
     with pytest.raises(BuildError, match=r"debug_fragments: there is no config\.d/40-nett\.config") as caught:
         _kernels(room, tmp_path).debug_stage()
     assert "40-net," in caught.value.hint
+
+
+def test_two_series_that_change_one_file_are_not_laid_over_each_other(room: Path, tmp_path: Path) -> None:
+    """The second would take the first one's change away without a word."""
+    kernels = _kernels(room, tmp_path)
+    for name in ("rs", "lvs"):
+        assert build.touched(build.flavour(name, room).series)
+    patch = build.flavour("rs", room).series.paths[-1]
+    text = patch.read_text(encoding="utf-8")
+    patch.write_text(text.replace("tools/testing/selftests/net/toa.sh", "net/toa/other.sh"), encoding="utf-8")
+    other = room / "lvs" / "patches" / "0099-more.patch"
+    shutil.copy(patch, other)
+    with (room / "lvs" / "series").open("a", encoding="utf-8") as stream:
+        stream.write(f"{other.name}\n")
+    items = [build.flavour(name, room) for name in ("rs", "lvs")]
+    with pytest.raises(BuildError, match=r"kernel/lvs and kernel/rs both change net/toa/other\.sh"):
+        build.must_be_apart(items)
+    build.must_be_apart([build.flavour(name) for name in ("rs", "lvs")])
+    assert kernels.ipvs_stage("6.12.107-x", ("rs", "lvs")).key != kernels.ipvs_stage("6.12.107-x").key
 
 
 def test_an_unknown_key_in_a_flavour_is_refused(room: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import struct
 import time
@@ -140,6 +141,90 @@ def connect(address: str, port: int, count: int, patience: float) -> list[str]:
             link.recv(1)
             mine.append(_named(link.getsockname()))
     return mine
+
+
+def web(address: str, port: int) -> None:
+    """Python's own web server: every answer is the client, as it knows it."""
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(_named(self.client_address).encode())
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing."""
+
+    class Server(HTTPServer):
+        address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+
+    Server((address, port), Handler).serve_forever()
+
+
+def introduce(address: str, port: int) -> None:
+    """Answer a line on each of many connections with a line for each of accept() and getpeername(), for ever."""
+    listener, poll = _listener(address, port), select.epoll()
+    poll.register(listener, select.EPOLLIN)
+    links: dict[int, tuple[socket.socket, str]] = {}
+    while True:
+        for number, _ in poll.poll():
+            if number == listener.fileno():
+                link, peer = listener.accept()
+                links[link.fileno()] = (link, _named(peer))
+                poll.register(link, select.EPOLLIN)
+                continue
+            link, peer_then = links[number]
+            try:
+                data = link.recv(100)
+                if data and not data.endswith(b"\n"):
+                    continue
+                link.sendall(f"{peer_then}\n{_named(link.getpeername())}\n".encode())
+            except OSError:
+                pass  # the client has given up, and says so
+            poll.unregister(number)
+            links.pop(number)[0].close()
+
+
+def crowd(address: str, port: int, count: int, at_once: int, patience: float) -> dict[str, Any]:
+    """Open so many connections, so many of them at once, and ask who the other end thinks that we are.
+
+    The question is two segments. Returns how many were told right, twice, and what others were told.
+    """
+    poll, left, right = select.epoll(), count, 0
+    links: dict[int, tuple[socket.socket, bytearray]] = {}
+    wrong: list[str] = []
+    deadline = time.monotonic() + patience
+    while (left or links) and time.monotonic() < deadline:
+        while left and len(links) < at_once:
+            link = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+            link.setblocking(False)
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            link.connect_ex((address, port))
+            poll.register(link, select.EPOLLOUT)
+            links[link.fileno()] = (link, bytearray())
+            left -= 1
+        for number, event in poll.poll(1.0):
+            link, told = links[number]
+            try:
+                if not event & select.EPOLLIN:
+                    link.send(b"wh")
+                    link.send(b"o\n")
+                    poll.modify(link, select.EPOLLIN)
+                    continue
+                if data := link.recv(200):
+                    told += data
+                    continue
+                if told.decode().splitlines() == [_named(link.getsockname())] * 2:
+                    right += 1
+                else:
+                    wrong.append(f"{_named(link.getsockname())} was told {told.decode()!r}")
+            except OSError as error:
+                wrong.append(f"{_named(link.getsockname())}: {error}")
+            poll.unregister(link)
+            links.pop(number)[0].close()
+    wrong += [f"{_named(link.getsockname())}: told {bytes(told)!r} until the end" for link, told in links.values()]
+    return {"right": right, "wrong": wrong[:20], "others": len(wrong) + left}
 
 
 # --- many clients without a stack
