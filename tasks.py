@@ -75,7 +75,7 @@ def test_kernel(_c: Any, k: str = "", debug: bool = False, flavour: str = develo
 )
 def bench_forwarding(_c: Any, json: str = "", rounds: int = 0) -> None:
     """Compare FULLNAT with stock NAT, and stock NAT with that of the unpatched kernel; about ten minutes."""
-    tools = [tools_build.stage(name) for name in ("ipvsadm", "toa-bpf")]
+    tools = [tools_build.stage("ipvsadm"), tools_build.stage("toa-bpf")]
     _show(bench.forwarding(tools, rounds, Path(json) if json else None))
 
 

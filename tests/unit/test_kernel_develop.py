@@ -142,10 +142,14 @@ def test_first_everything_then_as_little_as_possible(room: _Room, tree: Callable
 
 
 def test_flavours_do_not_share_a_folder(room: _Room, tree: Callable[..., develop._Changes]) -> None:
+    """What is a module of one flavour's is compiled into the other's kernel, for all that is known."""
     _build(room, tree(core="mine\n"))
     other = develop.Workshop(cast(build.Kernels, room), debug=False, flavour="rs")
     assert other.folder != _workshop(room).folder
     assert other.build(tree(core="mine\n")).flavour == "rs"
+    room.commands = []
+    other.build(tree(core="other\n"))
+    assert room.commands == ALL
 
 
 def test_the_debug_build_is_a_program(room: _Room, tree: Callable[..., develop._Changes]) -> None:
