@@ -107,12 +107,12 @@ def synproxy(ipvsadm: Stage, rounds: int = 0, file: Path | None = None) -> list[
     room = build.kernels(store)
     kernel = develop.chosen(debug=False, store=store)
     root = store.ensure(develop.guest_root(store).stage()) / "root"
-    programs = store.ensure(bench.programs_stage(room, ipvsadm)) / "root"
+    programs = store.ensure(bench.programs_stage(room, [ipvsadm])) / "root"
     accelerator = Accelerator.probe(store.root)
     if accelerator.name == "tcg":
         accelerator = bench.Counted(**accelerator.__dict__)
     # Unpatched modules are not asked for: another folder stands in their place.
-    plan = Plan(kernel, root, programs, programs, accelerator, rounds, settings.out() / Plan.task)
+    plan = Plan(kernel, (), root, programs, programs, accelerator, rounds, settings.out() / Plan.task)
     with store.lock(Plan.task), progress.step(f"measuring SYNPROXY on {kernel.title} in {plan.rounds} rounds"):
         text = plan.run()
     return bench.shown(Report.of(plan.title, bench.parse(text), plan.rounds, ROWS), file)

@@ -93,7 +93,7 @@ def keepalived(ipvsadm: Stage, ours: Stage, stock: Stage, rounds: int = 0, file:
     accelerator = Accelerator.probe(store.root)
     if accelerator.name == "tcg":
         accelerator = bench.Counted(**accelerator.__dict__)
-    plan = Plan(kernel, root, programs, programs, accelerator, rounds, settings.out() / Plan.task)
+    plan = Plan(kernel, (), root, programs, programs, accelerator, rounds, settings.out() / Plan.task)
     with store.lock(Plan.task), progress.step(f"measuring keepalived on {kernel.title} in {plan.rounds} rounds"):
         text = plan.run()
     return bench.shown(Report.of(plan.title, bench.parse(text), plan.rounds, ROWS), file)

@@ -23,7 +23,7 @@ KVM = vm.Accelerator("kvm", "host", 1.0)
 
 def plan(accelerator: vm.Accelerator, tmp_path: Path, rounds: int = 0) -> defence.Plan:
     kernel = develop.Built("kernel-lvs 6.12.107-1.abc", "6.12.107-1.abc.lvs", tmp_path / "kernel")
-    return defence.Plan(kernel, tmp_path, tmp_path, tmp_path, accelerator, rounds, tmp_path / "work")
+    return defence.Plan(kernel, (), tmp_path, tmp_path, tmp_path, accelerator, rounds, tmp_path / "work")
 
 
 def test_the_rows_are_those_that_others_read() -> None:
