@@ -349,22 +349,22 @@ class Plan:
 
     Attributes:
         kernel: has the director's IPVS.
-        trials: methods of inside/forwarding.py, done in every round.
         root, programs: the machine's root file system, and our programs that lie over it.
-        stock: the folder of unpatched modules, where a trial needs them.
         accelerator: of the machine.
         rounds: how many; 0: as many as usual.
         work: a folder of its own.
+        trials: methods of inside/forwarding.py, done in every round.
+        stock: the folder of unpatched modules, where a trial needs them.
     """
 
     kernel: develop.Built
-    trials: tuple[str, ...]
     root: Path
     programs: Path
-    stock: Path | None
     accelerator: Accelerator
     rounds: int
     work: Path
+    trials: tuple[str, ...] = ()
+    stock: Path | None = None
     effort: Effort = field(init=False)
     task: ClassVar[str] = "bench-forwarding"
     script: ClassVar[str] = "forwarding.py"  # of inside/
@@ -508,24 +508,57 @@ def forwarding(tools: Sequence[Stage], rounds: int = 0, file: Path | None = None
     room = build.kernels(store)
     kernel = develop.chosen(debug=False, store=store)
     servers = develop.joint(store)
-    root = store.ensure(develop.guest_root(store).stage()) / "root"
-    programs = store.ensure(programs_stage(room, tools)) / "root"
     stock = store.ensure(room.ipvs_stage(kernel.uname))
+    machines: list[tuple[develop.Built, dict[str, Any]]] = [
+        (kernel, {"trials": DIRECTOR_TRIALS, "stock": stock}),
+        (servers, {"trials": SERVER_TRIALS}),
+    ]
+    more = f"toa-module, toa-bpf: {servers.title}"
+    return measured(Plan, machines, programs_stage(room, tools), rounds, file, ROWS, store=store, more=more)
+
+
+def measured(
+    kind: type[Plan],
+    machines: Sequence[tuple[develop.Built, Mapping[str, Any]]],
+    programs: Stage,
+    rounds: int,
+    file: Path | None,
+    rows: Sequence[Row],
+    *,
+    store: Store,
+    more: str = "",
+) -> list[str]:
+    """Let one machine after the other measure, and return the table; a missed limit is a notice.
+
+    Args:
+        kind: of the plans.
+        machines: of each its kernel, and what else its plan has.
+        programs: the stage of our programs.
+        rounds: see `Plan`.
+        file: takes the rows as JSON.
+        rows: of the table.
+        store: where everything is built.
+        more: for the table's head.
+
+    Raises:
+        BuildError: something could not be built or measured.
+    """
+    root = store.ensure(develop.guest_root(store).stage()) / "root"
+    over = store.ensure(programs) / "root"
     accelerator = Accelerator.probe(store.root)
     if accelerator.name == "tcg":
         accelerator = Counted(**accelerator.__dict__)
-    work = settings.out() / "bench-forwarding"
+    work = settings.out() / kind.task
     plans = [
-        Plan(kernel, DIRECTOR_TRIALS, root, programs, stock, accelerator, rounds, work / "director"),
-        Plan(servers, SERVER_TRIALS, root, programs, None, accelerator, rounds, work / "servers"),
+        kind(kernel, root, over, accelerator, rounds, work / kernel.flavour, **fields) for kernel, fields in machines
     ]
     samples = []
-    with store.lock("bench-forwarding"):
+    with store.lock(kind.task):
         for plan in plans:
-            with progress.step(f"measuring {plan.kernel.title} in {plan.rounds} rounds"):
+            with progress.step(f"measuring on {plan.kernel.title} in {plan.rounds} rounds"):
                 samples += parse(plan.run())
-    title = f"{plans[0].title}; toa-module, toa-bpf: {servers.title}"
-    return shown(Report.of(title, samples, plans[0].rounds), file)
+    title = "; ".join(filter(None, (plans[0].title, more)))
+    return shown(Report.of(title, samples, plans[0].rounds, rows), file)
 
 
 def shown(report: Report, file: Path | None) -> list[str]:

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kernel import bench, build, develop
-from kernel.bench import Comparison, Report, Row
-from pipeline import progress, settings
+from kernel.bench import Comparison, Row
 from pipeline.store import Stage, Store
-from pipeline.vm import Accelerator
 
 
 @dataclass(frozen=True)
@@ -106,13 +104,5 @@ def synproxy(ipvsadm: Stage, rounds: int = 0, file: Path | None = None) -> list[
     store = Store()
     room = build.kernels(store)
     kernel = develop.chosen(debug=False, store=store)
-    root = store.ensure(develop.guest_root(store).stage()) / "root"
-    programs = store.ensure(bench.programs_stage(room, [ipvsadm])) / "root"
-    accelerator = Accelerator.probe(store.root)
-    if accelerator.name == "tcg":
-        accelerator = bench.Counted(**accelerator.__dict__)
-    # Unpatched modules are not asked for: another folder stands in their place.
-    plan = Plan(kernel, (), root, programs, programs, accelerator, rounds, settings.out() / Plan.task)
-    with store.lock(Plan.task), progress.step(f"measuring SYNPROXY on {kernel.title} in {plan.rounds} rounds"):
-        text = plan.run()
-    return bench.shown(Report.of(plan.title, bench.parse(text), plan.rounds, ROWS), file)
+    programs = bench.programs_stage(room, [ipvsadm])
+    return bench.measured(Plan, [(kernel, {})], programs, rounds, file, ROWS, store=store)

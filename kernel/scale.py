@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kernel import bench, build, develop
-from kernel.bench import Comparison, Report, Row
-from pipeline import progress, rpm, settings
+from kernel.bench import Comparison, Row
+from pipeline import rpm
 from pipeline.store import Stage, Store
-from pipeline.vm import Accelerator
 
 SERVICES, REALS, LOCALS = 1000, 8, 16
 ROUNDS = 3
@@ -88,12 +87,5 @@ def keepalived(ipvsadm: Stage, ours: Stage, stock: Stage, rounds: int = 0, file:
     store = Store()
     room = build.kernels(store)
     kernel = develop.chosen(debug=False, store=store)
-    root = store.ensure(develop.guest_root(store).stage()) / "root"
-    programs = store.ensure(programs_stage(room, ipvsadm, ours, stock)) / "root"
-    accelerator = Accelerator.probe(store.root)
-    if accelerator.name == "tcg":
-        accelerator = bench.Counted(**accelerator.__dict__)
-    plan = Plan(kernel, (), root, programs, programs, accelerator, rounds, settings.out() / Plan.task)
-    with store.lock(Plan.task), progress.step(f"measuring keepalived on {kernel.title} in {plan.rounds} rounds"):
-        text = plan.run()
-    return bench.shown(Report.of(plan.title, bench.parse(text), plan.rounds, ROWS), file)
+    programs = programs_stage(room, ipvsadm, ours, stock)
+    return bench.measured(Plan, [(kernel, {})], programs, rounds, file, ROWS, store=store)

@@ -509,13 +509,18 @@ class Bench:
         say(ends=self.plan["rounds"])
 
 
-def main(bench: Callable[[dict[str, Any]], Any]) -> None:
-    """Everything; whatever goes wrong is told to the host."""
+def main(bench: Callable[[dict[str, Any]], Any], prepare: Callable[[], None] = build) -> None:
+    """Everything; whatever goes wrong is told to the host.
+
+    Args:
+        bench: given the plan, has the method `run`.
+        prepare: makes what it runs in.
+    """
     os.environ.update(PATH="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", HOME="/root", LANG="C.UTF-8")
     try:
         with open(f"{OUT}/plan.json", encoding="utf-8") as stream:
             plan = json.load(stream)
-        build()
+        prepare()
         bench(plan).run()
     except Failed as error:
         say(error=str(error))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import importlib
-import json
 import os
 import queue
 import signal
@@ -21,14 +20,12 @@ import subprocess  # noqa: TID251  pipeline/run.py is not in the machine
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 # In the machine this folder is no package; the tests import it as one.
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 forwarding = importlib.import_module("forwarding")
-OUT: str = forwarding.OUT
 Failed: type[Exception] = forwarding.Failed
 run: Callable[..., str] = forwarding.run
 say: Callable[..., None] = forwarding.say
@@ -192,31 +189,27 @@ def life(side: str, plan: Plan, number: int) -> None:
     compare([])
 
 
-def main() -> None:
-    """Everything; whatever goes wrong is told to the host."""
-    os.environ.update(PATH="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", HOME="/root", LANG="C.UTF-8")
-    try:
-        with open(f"{OUT}/plan.json", encoding="utf-8") as stream:
-            sizes: dict[str, Any] = json.load(stream)
-        rounds = sizes.pop("rounds")
-        listen()
-        for number in range(1, rounds + 1):
+class Bench:
+    """All of it.
+
+    Args:
+        plan: `rounds`; how many `services`, `reals` (real servers of each) and `locals` (local addresses).
+    """
+
+    def __init__(self, plan: dict[str, Any]) -> None:
+        self.plan = plan
+
+    def run(self) -> None:
+        """The rounds."""
+        plan = self.plan
+        for number in range(1, plan["rounds"] + 1):
             say(begins=number)
             sides = ["fullnat", "nat", "stock"]
             for side in sides if number % 2 else reversed(sides):
-                life(side, Plan(sizes["services"], sizes["reals"], sizes["locals"], side), number)
-        say(ends=rounds)
-    except Failed as error:
-        say(error=str(error))
-    except BaseException:
-        say(error=traceback.format_exc())
-    finally:
-        os.sync()
-        with contextlib.suppress(OSError):
-            write("/proc/sysrq-trigger", "o")
-        time.sleep(60)  # noqa: TID251  process 1 may not end before the power is off
+                life(side, Plan(plan["services"], plan["reals"], plan["locals"], side), number)
+        say(ends=plan["rounds"])
 
 
 if __name__ == "__main__":
     sys.dont_write_bytecode = True
-    main()
+    forwarding.main(Bench, listen)

@@ -259,7 +259,7 @@ class Root:
 def plan(accelerator: vm.Accelerator, tmp_path: Path, rounds: int = 0) -> bench.Plan:
     kernel = develop.Built("kernel-lvs 6.12.107-1.abc", "6.12.107-1.abc.lvs", tmp_path / "kernel")
     return bench.Plan(
-        kernel, bench.DIRECTOR_TRIALS, tmp_path, tmp_path, tmp_path, accelerator, rounds, tmp_path / "work"
+        kernel, tmp_path, tmp_path, accelerator, rounds, tmp_path / "work", bench.DIRECTOR_TRIALS, tmp_path
     )
 
 

@@ -23,7 +23,7 @@ KVM = vm.Accelerator("kvm", "host", 1.0)
 
 def plan(accelerator: vm.Accelerator, tmp_path: Path, rounds: int = 0) -> defence.Plan:
     kernel = develop.Built("kernel-lvs 6.12.107-1.abc", "6.12.107-1.abc.lvs", tmp_path / "kernel")
-    return defence.Plan(kernel, (), tmp_path, tmp_path, tmp_path, accelerator, rounds, tmp_path / "work")
+    return defence.Plan(kernel, tmp_path, tmp_path, accelerator, rounds, tmp_path / "work")
 
 
 def test_the_rows_are_those_that_others_read() -> None:
@@ -65,7 +65,7 @@ def test_the_machine_finds_everything_that_it_is_told_of(tmp_path: Path) -> None
     own = plan(bench.Counted(**TCG.__dict__), tmp_path)
     machine = own.machine(tmp_path / "out")
     assert machine.cpus == 1
-    assert {share.tag for share in machine.shares} == {"/dev/root", "programs", "inside", "kernel", "stock", "out"}
+    assert {share.tag for share in machine.shares} == {"/dev/root", "programs", "inside", "kernel", "out"}
     assert "python3 /inside/synproxy.py" in machine.append
     assert len(machine.append) < 2048  # what x86 takes
     read = set(re.findall(r'plan\["(\w+)"\]', inspect.getsource(synproxy)))
