@@ -510,6 +510,8 @@ class Kernels:
             log = folder / "make.log"
             if state == "after":
                 self._patch(item, base, mounts, folder, log)
+                if item.options:  # without them the compiler would not see what the series adds
+                    self.configure([*self.options, *item.options], mounts, folder, log)
             # A file that the series adds has no warnings before it.
             there = [o for o in objects if state == "after" or (base / o).with_suffix(".c").is_file()]
             make = self.make("LOCALVERSION=-base", "KBUILD_MODULES=1", "W=1", *there)
