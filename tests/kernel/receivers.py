@@ -189,10 +189,20 @@ class Scenarios:
             option_ = packets.NOPS * (-len(cut) % 4) + cut
             shows(app, room.peer.call(4).open(option_))
 
-    @pytest.mark.parametrize("nobody", [ANY[4], "224.0.0.5", "255.255.255.255", "::", "ff02::1"])
+    @pytest.mark.parametrize(
+        "nobody",
+        [ANY[4], "127.1.2.3", "224.0.0.5", "255.255.255.255", "::", "::1", "ff02::1"]
+        + [f"::ffff:{address}" for address in (ANY[4], "127.1.2.3", "224.0.0.5", "255.255.255.255")],
+    )
     def test_who_cannot_be_a_client(self, room: Room, nobody: str) -> None:
         app = room.app(6)
         shows(app, room.peer.call(6).open(named(nobody)))
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_mapped_client_is_one_of_ipv4(self, room: Room, family: int) -> None:
+        """Else it could not be shown on a socket of IPv4."""
+        app = room.app(family)
+        shows(app, room.peer.call(family).open(named(f"::ffff:{CLIENT[4]}")), CLIENT[4])
 
     @pytest.mark.parametrize("later", [False, True], ids=["handshake", "later"])
     @pytest.mark.parametrize("family", FAMILIES)

@@ -123,18 +123,26 @@ static __always_inline int read_client(const __u8 *option, __u32 length, const _
 			return 0;
 		__builtin_memcpy(addr, option + 4, 4);
 		first = option[4];
-		if (!addr[0] || (first & 0xf0) == 0xe0 || addr[0] == bpf_htonl(0xffffffff))
-			return 0;
-		client->family = AF_INET;
 	} else {
 		if (option + 20 > end)
 			return 0;
 		__builtin_memcpy(addr, option + 4, 16);
-		first = option[4];
-		if (first == 0xff || !(addr[0] | addr[1] | addr[2] | addr[3]))
-			return 0;
-		client->family = AF_INET6;
+		if (!is_mapped(addr)) {
+			/* No :: and no ::1 */
+			if (option[4] == 0xff || !(addr[0] | addr[1] | addr[2] | (addr[3] & bpf_htonl(~1))))
+				return 0;
+			client->family = AF_INET6;
+			goto found;
+		}
+		first = option[16];
+		addr[0] = addr[3];
+		addr[1] = addr[2] = addr[3] = 0;
 	}
+	/* Programs let in whom they take for their own host. */
+	if (!addr[0] || first == 127 || (first & 0xf0) == 0xe0 || addr[0] == bpf_htonl(0xffffffff))
+		return 0;
+	client->family = AF_INET;
+found:
 	__builtin_memcpy(&client->port, option + 2, 2);
 	__builtin_memcpy(client->addr, addr, sizeof(addr));
 	return 1;
