@@ -37,6 +37,24 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., vm
 # --- the accelerator
 
 
+def test_cpus_that_take_turns() -> None:
+    assert vm.Turns(**vars(TCG)).options == ["-accel", "tcg,thread=single,tb-size=512"]
+    assert vm.Turns(**vars(KVM)).options == ["-accel", "kvm"]
+
+
+def test_how_slow_it_is_just_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((100.0, 102.0, 200.0, 200.1))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setattr(vm, "_try", lambda *_: "")
+    assert vm.slowdown(KVM) == 1.0
+    assert vm.slowdown(TCG) == 2.0 / vm._PROBE_SECONDS
+    assert vm.slowdown(TCG) == 1.0
+    monkeypatch.setattr("time.monotonic", lambda: 0.0)
+    monkeypatch.setattr(vm, "_try", lambda *_: "aborted")
+    with pytest.raises(BuildError, match="no virtual machine runs here: aborted"):
+        vm.slowdown(TCG)
+
+
 def test_probe_sector_is_a_boot_sector() -> None:
     assert len(vm._PROBE_SECTOR) == 512
     assert vm._PROBE_SECTOR.endswith(b"\x55\xaa")
@@ -89,8 +107,8 @@ def test_probe_on_this_machine(tmp_path: Path) -> None:
 def test_a_guest_that_never_answers_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     halted = bytes.fromhex("f4ebfd").ljust(510, b"\0") + b"\x55\xaa"  # hlt; jmp
     monkeypatch.setattr(vm, "_PROBE_SECTOR", halted)
-    monkeypatch.setattr(vm, "PROBE_DEADLINE", 2.0)
-    assert "did not finish within 2 s" in vm._try("tcg", "qemu64")
+    monkeypatch.setattr(vm, "PROBE_DEADLINE", 0.5)
+    assert "did not finish within 3 s" in vm._try("tcg", "qemu64")
 
 
 # --- the command line
