@@ -44,6 +44,34 @@ def test_vips_are_where_the_master_is(
         )
 
 
+@pytest.mark.role("director", "vrrp")
+def test_one_master_advertises(
+    ask: Ask, addresses: dict[str, set[str]], services: tuple[Service, ...], director: Director, cluster: Cluster
+) -> None:
+    """Of each instance: this host, which then has the VIPs and hears no other one, or another, which it hears."""
+    for instance in cluster.instances:
+        vips = vips_of(tuple(each for each in services if each.instance == instance.name))
+        if not vips:
+            continue
+        device = director.uplink if instance.interface == "uplink" else director.downlink
+        seconds = 3 * instance.advert_int + 2
+        dump = ask(f"timeout {seconds} tcpdump -i {device} -nn -l proto 112 2>/dev/null || [ $? = 124 ]")
+        heard = re.findall(r"IP6? (\S+) > \S+: VRRPv[23], Advertisement, vrid (\d+),", dump)
+        senders = {sender for sender, identity in heard if int(identity) == instance.id}
+        others = senders - own_addresses(ask, director, device)
+        if addresses.get(device, set()) & vips:
+            assert not others, f"{instance.name}: VIPs are here, and {', '.join(sorted(others))} is master too"
+            assert senders, f"{instance.name}: VIPs are here, and no advertisement on {device} in {seconds} s"
+        else:
+            assert others, f"{instance.name}: VIPs are not here, and no master is heard on {device} in {seconds} s"
+
+
+def own_addresses(ask: Ask, director: Director, device: str) -> set[str | None]:
+    """What the host sends from; routing and VRRP for IPv6 speak from the link's own address, which is in no file."""
+    (link,) = parsed(ask(f"ip -j -6 address show dev {device} scope link")) or [{"addr_info": []}]
+    return {str(address) for address in director.own_addresses} | {each.get("local") for each in link["addr_info"]}
+
+
 @pytest.mark.role("director")
 def test_local_addresses_are_on_the_downlink(addresses: dict[str, set[str]], director: Director) -> None:
     wanted = {f"{address}/{address.max_prefixlen}" for address in director.all_local_addresses}
@@ -168,9 +196,7 @@ def test_ospf_says_and_hears_hellos(ask: Ask, director: Director, cluster: Clust
     seconds = cluster.ospf.hello_interval * 2 + 2
     dump = ask(f"timeout {seconds} tcpdump -i {director.uplink} -nn -l proto 89 2>/dev/null || [ $? = 124 ]")
     heard = re.findall(r"IP6? (\S+) > \S+: OSPFv([23]), Hello", dump)
-    # OSPF for IPv6 speaks from the link's own address, which is in no file.
-    (link,) = parsed(ask(f"ip -j -6 address show dev {director.uplink} scope link")) or [{"addr_info": []}]
-    own = {str(address) for address in director.own_addresses} | {each.get("local") for each in link["addr_info"]}
+    own = own_addresses(ask, director, director.uplink)
     for version in ("2", "3") if any(prefix.version == 6 for prefix in cluster.vip_prefixes) else ("2",):
         senders = {sender for sender, spoken in heard if spoken == version}
         assert senders & own, f"no hello of this host on {director.uplink} in {seconds} s (OSPFv{version})"

@@ -140,6 +140,35 @@ def test_vips_of_a_pair(tmp_path: Path) -> None:
         high.test_vips_are_where_the_master_is(places(lo=mine), services, master, pair)
 
 
+def test_one_master(tmp_path: Path) -> None:
+    pair = load(tmp_path, VRRP)
+    (master, backup), services = pair.directors, pair.services[:1]
+
+    def judge(where: Director, vips: tuple[str, ...], *senders: str) -> None:
+        lines = [
+            f"05:00 IP {each} > 224.0.0.18: VRRPv2, Advertisement, vrid 200, prio 90, length 20" for each in senders
+        ]
+        lines += ["05:00 IP 192.0.2.77 > 224.0.0.18: VRRPv2, Advertisement, vrid 20, prio 90, length 20"]
+        ask = asker(tcpdump="\n".join(lines), ip=LINK)
+        high.test_one_master_advertises(ask, places(eth0={*vips}), services, where, pair)
+
+    vips = ("203.0.113.1/32", "203.0.113.2/32")
+    judge(master, vips, "192.0.2.1")
+    judge(backup, (), "192.0.2.1")
+    with complaint("VI_1: VIPs are here, and 192.0.2.2 is master too"):
+        judge(master, vips, "192.0.2.1", "192.0.2.2")
+    with complaint("VI_1: VIPs are here, and no advertisement on eth0 in 5 s"):
+        judge(master, vips)
+    with complaint("VI_1: VIPs are not here, and no master is heard on eth0 in 5 s"):
+        judge(backup, (), "192.0.2.2")
+    # VRRP for IPv6 speaks from the link's own address.
+    six = pair.services[1:]
+    line = "05:00 IP6 {} > ff02::12: VRRPv3, Advertisement, vrid 201, prio 150, length 40"
+    for sender, there in (("fe80::1", {"203.0.113.3/32"}), ("fe80::2", set[str]())):
+        ask = asker(tcpdump=line.format(sender), ip=LINK)
+        high.test_one_master_advertises(ask, places(eth0=there), six, master, pair)
+
+
 def test_local_addresses(director: Director) -> None:
     high.test_local_addresses_are_on_the_downlink(places(), director)
     with complaint("not on eth1: 192.168.100.3/32"):
