@@ -1,10 +1,12 @@
 """A small fleet of golden images, each machine made what it is by its seed alone:
 
-    router, client (eth1) ── uplink ── (eth1) lvs-1 (eth2) ── downlink ── (eth1) rs-1, two addresses, programs
+    router, client (eth1) ── uplink ─┬─ (eth1) lvs-1 (eth2) ─┬─ downlink ── (eth1) rs-1, two addresses, programs
+                                     └─ (eth1) lvs-2 (eth2) ─┘                      in mode vrrp
 
 The router is a director's image with routing daemons only, as the border of the area that directors are in. eth0 of
 each machine is for ssh and leads nowhere else. The links are UDP between QEMU processes on this machine: no privilege
-is needed, and frames for a machine that is not there are lost, as they are on a cable.
+is needed, and frames for a machine that is not there are lost, as they are on a cable. The router and the real server
+have a hub each inside their QEMU, with a cable to each director.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import copy
+import dataclasses
 import json
 import os
 import socket
@@ -27,14 +30,19 @@ from pipeline import run, seed, settings, vm
 from pipeline.store import Store
 from tools import build as tools
 
-DIRECTOR, REAL, ROUTER = "lvs-1", "rs-1", "router"
+DIRECTOR, BACKUP, REAL, ROUTER = "lvs-1", "lvs-2", "rs-1", "router"
+DIRECTORS = (DIRECTOR, BACKUP)
+_MACHINES = 4
 CONTROL = "10.0.2.15/24"  # where QEMU forwards ssh to; its DHCP gives the same address
 MACS = {
     DIRECTOR: "52:54:00:00:01:00",
     ROUTER: "52:54:00:00:02:00",
     REAL: "52:54:00:00:03:00",
-    "up": "52:54:00:00:01:01",
-    "down": "52:54:00:00:01:02",
+    BACKUP: "52:54:00:00:04:00",
+    f"up-{DIRECTOR}": "52:54:00:00:01:01",
+    f"down-{DIRECTOR}": "52:54:00:00:01:02",
+    f"up-{BACKUP}": "52:54:00:00:04:01",
+    f"down-{BACKUP}": "52:54:00:00:04:02",
     "edge": "52:54:00:00:02:01",
     "real": "52:54:00:00:03:01",
 }
@@ -58,14 +66,14 @@ COMMON: dict[str, Any] = {
                 {"name": "eth0", "mac": MACS[DIRECTOR], "dhcp4": True},
                 {
                     "name": "eth1",
-                    "mac": MACS["up"],
+                    "mac": MACS[f"up-{DIRECTOR}"],
                     "addresses": ["192.0.2.2/24", "2001:db8:2::2/64"],
                     "gateway4": "192.0.2.1",
                     "gateway6": "2001:db8:2::1",
                 },
                 {
                     "name": "eth2",
-                    "mac": MACS["down"],
+                    "mac": MACS[f"down-{DIRECTOR}"],
                     "addresses": ["10.64.255.254/16", "2001:db8:64::ff/64"],
                     "routes": [{"to": "10.65.0.0/16", "via": "10.64.1.1"}],
                 },
@@ -129,6 +137,30 @@ VRRP: dict[str, Any] = {
     "vrrp": {"instances": [{"name": "VI_1", "id": 200, "password": {"file": "vrrp"}}]},
 }
 VRRP["directors"][0]["priority"] = 150
+VRRP["directors"].append(
+    {
+        "name": BACKUP,
+        "slot": 2,
+        "priority": 90,
+        "uplink": MACS[f"up-{BACKUP}"],
+        "downlink": MACS[f"down-{BACKUP}"],
+        "interfaces": [
+            {"name": "eth0", "mac": MACS[BACKUP], "dhcp4": True},
+            {
+                "name": "eth1",
+                "mac": MACS[f"up-{BACKUP}"],
+                "addresses": ["192.0.2.3/24", "2001:db8:2::3/64"],
+                "gateway4": "192.0.2.1",
+                "gateway6": "2001:db8:2::1",
+            },
+            {
+                "name": "eth2",
+                "mac": MACS[f"down-{BACKUP}"],
+                "addresses": ["10.64.255.253/16", "2001:db8:64::fe/64"],
+            },
+        ],
+    }
+)
 
 _OSPFD = f"""hostname router
 interface eth1
@@ -195,9 +227,13 @@ class Fleet:
         self.work = work
         self.file = work / "cluster.yaml"
         self.machines: dict[str, vm.Machine] = {}
-        self._ports = dict(zip(("up", "edge", "down", "real"), udp_ports(4), strict=True))
+        ends = [f"{end}-{name}" for name in DIRECTORS for end in ("up", "edge", "down", "real")]
+        self._ports = dict(zip(ends, udp_ports(len(ends)), strict=True))
         self._store = Store()
-        self._accelerator = vm.Accelerator.probe(self._store.root)
+        found = vm.Turns(**vars(vm.Accelerator.probe(self._store.root)))
+        # Deadlines are for a machine that has a CPU of an idle builder to itself.
+        crowd = max(1.0, _MACHINES / (os.cpu_count() or 1)) * vm.slowdown(found)
+        self._accelerator = dataclasses.replace(found, scale=found.scale * crowd)
         self._line = bake.Line(self._store)
         self._stacks: dict[str, contextlib.ExitStack] = {}
         self._key = vm.make_key(work)
@@ -212,11 +248,6 @@ class Fleet:
     def start(self, name: str) -> None:
         """Boot a machine on its disk, which it keeps from one boot to the next, with its seed of now."""
         role = "realserver" if name == REAL else "director"
-        links = {
-            DIRECTOR: [("up", "edge"), ("down", "real")],
-            ROUTER: [("edge", "up")],
-            REAL: [("real", "down")],
-        }[name]
         machine = vm.Machine(
             name,
             self.work / name,
@@ -225,13 +256,13 @@ class Fleet:
             seed=self._seed(name),
             memory=512,
             # A director's interrupts are to be spread.
-            cpus=2 if name == DIRECTOR else 1,
+            cpus=2 if name in DIRECTORS else 1,
             ssh_key=self._key,
             login=False,
             extra=[
                 # of the NIC that has none said
                 *("-global", f"virtio-net-pci.mac={MACS[name]}"),
-                *(word for here, there in links for word in self._nic(here, there)),
+                *self._links(name),
             ],
         )
         stack = contextlib.ExitStack()
@@ -281,6 +312,10 @@ class Fleet:
             tail_of=lambda: self.machines[name].run(command, check=False).stdout.splitlines()[-20:],
         )
 
+    def seconds(self, seconds: float) -> float:
+        """A deadline as it is for KVM, turned into one for this machine's accelerator."""
+        return seconds * self._accelerator.scale
+
     def _disk(self, name: str, role: str) -> Path:
         if name not in self._disks:
             base = verify.qcow2(self._store.ensure(self._line.image(role).finished))
@@ -295,11 +330,22 @@ class Fleet:
         seed.write(path, router_seed(self._public))
         return path
 
-    def _nic(self, here: str, there: str) -> list[str]:
+    def _links(self, name: str) -> list[str]:
+        """A machine's NICs beside eth0, and their cables."""
+        if name in DIRECTORS:
+            pairs = [(f"{here}-{name}", f"{there}-{name}") for here, there in (("up", "edge"), ("down", "real"))]
+            return [word for here, there in pairs for word in (*self._cable(here, there), *_nic(here))]
+        here, there = ("edge", "up") if name == ROUTER else ("real", "down")
+        words = ["-netdev", f"hubport,id={here},hubid=1", *_nic(here)]
+        for director in DIRECTORS:
+            words += self._cable(f"{here}-{director}", f"{there}-{director}")
+            words += ["-netdev", f"hubport,id=port-{director},hubid=1,netdev={here}-{director}"]
+        return words
+
+    def _cable(self, here: str, there: str) -> list[str]:
         ports = {"local": self._ports[here], "remote": self._ports[there]}
         ends = (f"{end}.type=inet,{end}.host=127.0.0.1,{end}.port={port}" for end, port in ports.items())
-        nic = f"virtio-net-pci,netdev={here},romfile=,mac={MACS[here]}"
-        return ["-netdev", f"dgram,id={here},{','.join(ends)}", "-device", nic]
+        return ["-netdev", f"dgram,id={here},{','.join(ends)}"]
 
     # --- what an operator types
 
@@ -313,7 +359,9 @@ class Fleet:
         """A task on the cluster file, as it is typed."""
         reach = [] if task == "render" else ["--ssh-config", str(self.work / "ssh_config")]
         argv = [sys.executable, "-m", "invoke", task, "--cluster", str(self.file), *reach, *words]
-        result = run.run(argv, cwd=settings.TOP, env={"HOME": os.environ["HOME"]}, check=False, timeout=1200)
+        result = run.run(
+            argv, cwd=settings.TOP, env={"HOME": os.environ["HOME"]}, check=False, timeout=self.seconds(100)
+        )
         assert not check or result.returncode == 0, f"invoke {task}: {result.stdout}{result.stderr}"
         return result
 
@@ -339,7 +387,7 @@ class Fleet:
 
 @contextlib.contextmanager
 def fleet(work: Path) -> Iterator[Fleet]:
-    """All three machines, booted at once with the seeds of mode ospf, programs running on the real server."""
+    """Three machines, booted at once with the seeds of mode ospf, programs running on the real server."""
     found = Fleet(work)
     try:
         found.write(OSPF)
@@ -352,6 +400,10 @@ def fleet(work: Path) -> Iterator[Fleet]:
         yield found
     finally:
         found.close()
+
+
+def _nic(name: str) -> list[str]:
+    return ["-device", f"virtio-net-pci,netdev={name},romfile=,mac={MACS[name]}"]
 
 
 def udp_ports(count: int) -> list[int]:
