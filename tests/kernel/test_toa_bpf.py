@@ -104,7 +104,7 @@ def test_a_restart_loses_nothing(room: BpfRoom, family: int) -> None:
     storm_app = room.app(family, 90)
     storm = room.peer.member.start_call(
         "toa:storm", device="eth0", mac=room.peer.mac, source=NEAR[family], target=SERVER[family], port=90,
-        option=named(CLIENT[family]).hex(), seconds=6 * room.guest.scale,
+        option=named(CLIENT[family]).hex(), seconds=6 * room.guest.scale, least=30,
     )  # fmt: skip
     loads = 0
     while (done := storm.poll()) is None:

@@ -184,7 +184,7 @@ def test_load_and_unload_under_traffic(room: Room, guest: Guest) -> None:
     storms = [
         room.peer.member.start_call(
             "toa:storm", device="eth0", mac=room.peer.mac, source=NEAR[f], target=SERVER[f], port=ports[f],
-            option=named(CLIENT[f]).hex(), seconds=seconds * guest.scale,
+            option=named(CLIENT[f]).hex(), seconds=seconds * guest.scale, least=50,
         )
         for f in FAMILIES
     ]  # fmt: skip
