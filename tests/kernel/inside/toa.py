@@ -7,6 +7,8 @@ import os
 import select
 import socket
 import struct
+import sys
+import threading
 import time
 from typing import Any
 
@@ -63,21 +65,26 @@ def serve(address: str, port: int, listeners: int = 1, **kind: bool) -> None:
             break
     while True:
         link, peer = links[0].accept()
-        print(f"accept {_named(peer)}", flush=True)
-        if os.fork() == 0:
-            _answer(link)
+        _say(f"accept {_named(peer)}")
+        threading.Thread(target=_answer, args=(link,), daemon=True).start()
+
+
+def _say(line: str) -> None:
+    """A whole line at once: there are several threads."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def _answer(link: socket.socket) -> None:
-    try:
-        while word := link.recv(1):
-            print(_answers[word](link), flush=True)
-            if word in b"dl":
-                break
-            link.send(word)
-    except (OSError, KeyError) as error:
-        print(f"error {error}", flush=True)
-    os._exit(0)
+    with link:
+        try:
+            while word := link.recv(1):
+                _say(_answers[word](link))
+                if word in b"dl":
+                    break
+                link.send(word)
+        except (OSError, KeyError) as error:
+            _say(f"error {error}")
 
 
 def _ask_mptcp(link: socket.socket) -> str:
