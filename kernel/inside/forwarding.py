@@ -48,6 +48,7 @@ TABLE_BITS = 18
 BULK_WORDS = ("-w", "256K", "-l", "1M")
 CLOSED = 11  # seconds after which a connection that saw a RST is gone; IPVS waits ten
 OUT = "/out"
+SERVERS = "/sys/fs/cgroup/servers"  # the programs of the real server
 NGINX = """daemon off; master_process off; pid /tmp/nginx.pid; error_log stderr;
 events { worker_connections 1024; }
 http { access_log off;
@@ -131,8 +132,11 @@ def build() -> None:
         # Nothing that one measurement leaves may reach the next: no remembered windows, no sockets in TIME_WAIT.
         sysctl(name, net__ipv4__tcp_no_metrics_save=1, net__ipv4__tcp_max_tw_buckets=0)
     write("/tmp/nginx.conf", NGINX)  # noqa: S108  the machine's own, gone with it
+    os.mkdir(SERVERS)
+    write(f"{SERVERS}/cgroup.procs", "0")  # this process; what it starts is there as well
     start("nginx", "-e", "stderr", "-c", "/tmp/nginx.conf", where=SERVER)  # noqa: S108
     start("iperf3", "-s", "-p", str(BULK), where=SERVER)
+    write("/sys/fs/cgroup/cgroup.procs", "0")
     for port in (HTTP, BULK):
         until(partial(listens, port), f"port {port} of the real server")
 
@@ -341,8 +345,9 @@ def module() -> Iterator[None]:
 
 @contextlib.contextmanager
 def bpf() -> Iterator[None]:
-    """The programs of toa-bpf, configured as its package has them."""
-    run("toa-bpf", "load")
+    """The programs of toa-bpf, for the real server alone: clients and directors are other machines, which have none."""
+    write("/tmp/toa-bpf.conf", f"cgroup = {SERVERS}\n")  # noqa: S108
+    run("toa-bpf", "-c", "/tmp/toa-bpf.conf", "load")  # noqa: S108
     yield
     run("toa-bpf", "unload")
 
