@@ -284,14 +284,16 @@ class _Raw:
         return dport, flags, seq, ack, packet[size + (off >> 4) * 4 :]
 
 
-def storm(device: str, mac: str, source: str, target: str, port: int, option: str, seconds: float, least: int) -> int:
+def storm(
+    device: str, mac: str, source: str, target: str, port: int, option: str, seconds: float, stop: str, least: int
+) -> int:
     """Open, ask for the name and reset, again and again from other ports; how many connections were answered.
 
-    It goes on for so long, and for up to ten times as long until so many were.
+    It goes on until there is the file `stop` and so many were, but no longer than so many seconds.
     """
     raw, sport, count, toa = _Raw(device, mac, source, target, port), 1024, 0, bytes.fromhex(option)
-    begun = time.monotonic()
-    while (lasted := time.monotonic() - begun) < seconds or (count < least and lasted < 10 * seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not (count >= least and os.path.exists(stop)):
         batch = range(sport, sport + 50)
         for each in batch:
             raw.send(each, SYN, 1000, option=bytes.fromhex("020405b4"))
