@@ -168,13 +168,13 @@ BREAKS = [
             "vips are on lo",
             r"not on lo: 203\.0\.113\.2/32",
             "ip address del 203.0.113.2/32 dev lo",
-            "ip address add 203.0.113.2/32 dev lo",
+            "ip address replace 203.0.113.2/32 dev lo",
         ),
         Break(
             "local addresses are on the downlink",
             r"not on eth2: 10\.64\.0\.2/32",
             "ip address del 10.64.0.2/32 dev eth2",
-            "ip address add 10.64.0.2/32 dev eth2",
+            "ip address replace 10.64.0.2/32 dev eth2",
         ),
         Break(
             "services are in the kernel",
