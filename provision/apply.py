@@ -380,8 +380,29 @@ for daemon in {" ".join(ROUTING)}; do
 done
 """
 
-# Networkd's files are cloud-init's work on the first boot, and here.
-_NETWORK = f"""
+# The routes of networkd's files, as "INTERFACE DESTINATION"; a default route has no destination there.
+_ROUTES = """
+file_routes() {
+    for file in /etc/systemd/network/10-cloud-init-*.network /etc/systemd/network/10-cloud-init-*.network.d/*.conf; do
+        [ -e "$file" ] || continue
+        nic=${file#*/10-cloud-init-}
+        nic=${nic%%.network*}
+        to= default=
+        { cat "$file"; echo "[End]"; } | while read -r line; do
+            case $line in
+                Gateway=*:*) default=::/0 ;;
+                Gateway=*.*) default=0.0.0.0/0 ;;
+                Destination=?*) to=${line#*=} ;;
+                "["*) [ -z "${to:-$default}" ] || echo "$nic ${to:-$default}"; to= default= ;;
+            esac
+        done
+    done
+}
+"""
+
+# Networkd's files are cloud-init's work on the first boot, and here. A route that has left a file is a foreign one to
+# networkd at once, and those are not its to remove (networkd.conf): it would stay.
+_NETWORK = f"""{_ROUTES}
 if [ -e {NETWORK} ]; then
     macs=
     for nic in /sys/class/net/*; do
@@ -392,6 +413,11 @@ if [ -e {NETWORK} ]; then
     networkctl reload
     for nic in $(sed -n 's/^  \\([^ ]*\\):$/\\1/p' {NETWORK}); do
         networkctl reconfigure "$nic"
+    done
+    file_routes >{STATE}/wanted
+    grep -vxFf {STATE}/wanted {STATE}/routes | while read -r nic to; do
+        case $to in *:*) family=-6 ;; *) family=-4 ;; esac
+        ip $family route flush exact "$to" dev "$nic" proto static
     done
 fi
 """
@@ -428,8 +454,10 @@ def _keep(paths: Sequence[str], areas: Sequence[str], back: Sequence[str], secon
     )
     acts += f"sysctl -e -q -p {STATE}/settings\n" if "sysctl" in areas else ""
     acts += "".join(f"{line}\n" for line in back)
+    routes = f"{_ROUTES}file_routes >{STATE}/routes\n" if "network" in areas else ""
     rollback = (
-        f"cd {STATE}\nxargs -r rm -f <absent\ncp -a old/. /\n/usr/lib/lvsforge/drop-stale-files\nset +e\n{acts}exit 0"
+        f"cd {STATE}\n{routes}xargs -r rm -f <absent\ncp -a old/. /\n"
+        f"/usr/lib/lvsforge/drop-stale-files\nset +e\n{acts}exit 0"
     )
     return f"""
 cd {STATE}
@@ -437,7 +465,7 @@ for file in {words}; do
     # From /, as Debian 12's cp looks for the parents of an absolute path where it stands.
     if [ -e "$file" ]; then (cd / && cp -a --parents "${{file#/}}" {STATE}/old); else echo "$file"; fi
 done >absent
-{_SETTINGS if "sysctl" in areas else ""}
+{_SETTINGS if "sysctl" in areas else ""}{routes}
 cat >rollback <<'END'
 set -eu
 {rollback}

@@ -256,6 +256,32 @@ def test_only_what_changed_is_told(lab: Lab, folder: Path) -> None:
     assert lab.root("lvs-1").joinpath("etc/keepalived/tls.conf").stat().st_ino == before
 
 
+# As cloud-init writes it, with routes that the cluster file does not have.
+NETWORKD = """[Match]
+Name=eth0
+
+[Network]
+DHCP=no
+
+[Address]
+Address=192.0.2.2/24
+
+[Route]
+Gateway=192.0.2.1
+
+[Route]
+Destination=10.65.0.0/16
+Gateway=192.0.2.9
+
+[Route]
+Gateway=2001:db8:2::1
+
+[Route]
+Gateway=2001:db8:2::9
+Destination=2001:db8:65::/48
+"""
+
+
 def test_default_routers_are_the_networks(lab: Lab, folder: Path) -> None:
     """Where OSPF brings better ones they stand in a file of their own, which cloud-init's do not take along."""
     applying.apply(cluster_of(folder), ["lvs-1"], lab.connect, well)
@@ -263,7 +289,7 @@ def test_default_routers_are_the_networks(lab: Lab, folder: Path) -> None:
     made = [lab.root("lvs-1") / f"etc/systemd/network/10-cloud-init-eth0.{end}" for end in ("network", "link")]
     for file in made:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("cloud-init's\n")
+        file.write_text(NETWORKD)
     directors = copy.deepcopy(OSPF["directors"])
     directors[0]["interfaces"][0]["gateway4"] = "192.0.2.254"
     cluster = cluster_of(folder, directors=directors)
@@ -272,7 +298,20 @@ def test_default_routers_are_the_networks(lab: Lab, folder: Path) -> None:
     assert lab.files("lvs-1") == expected(cluster, "lvs-1") and not any(file.exists() for file in made)
     text = lab.files("lvs-1")["/etc/systemd/network/10-cloud-init-eth0.network.d/50-gateway.conf"][0].decode()
     assert "[Route]\nGateway=192.0.2.254\nMetric=4261412864\n" in text
-    assert "networkctl reload" in lab.calls("lvs-1")
+    calls = lab.calls("lvs-1")
+    assert "networkctl reload" in calls
+    # The default route of IPv4 is in the new file, too; what only the old one has would stay in the kernel.
+    assert [call for call in calls if call.startswith("ip -")] == [
+        "ip -4 route flush exact 10.65.0.0/16 dev eth0 proto static",
+        "ip -6 route flush exact ::/0 dev eth0 proto static",
+        "ip -6 route flush exact 2001:db8:65::/48 dev eth0 proto static",
+    ]
+    # Rolled back, the new file's are too many.
+    directors[0]["interfaces"][0].pop("gateway4")
+    with pytest.raises(BuildError):
+        applying.apply(cluster_of(folder, directors=directors), ["lvs-1"], lab.connect, sick)
+    flushed = [call for call in lab.calls("lvs-1") if call.startswith("ip -")]
+    assert flushed == ["ip -4 route flush exact 0.0.0.0/0 dev eth0 proto static"]
 
 
 def test_whom_toa_believes(lab: Lab, folder: Path) -> None:
