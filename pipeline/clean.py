@@ -7,8 +7,11 @@ from pathlib import Path
 from pipeline import progress, settings
 from pipeline.store import Store, remove_tree
 
-# Trees of `invoke unpack`: a person's own commits, which nothing could make again.
-KEPT = "work"
+# What nothing could make again, or what somebody may be using.
+KEPT = {
+    "work": "it may hold commits that are nowhere else; remove it by hand",
+    "lab": "machines may run on its disks; invoke lab-down removes it",
+}
 
 
 def clean(store: Store | None, keep: int) -> None:
@@ -20,10 +23,10 @@ def clean(store: Store | None, keep: int) -> None:
 
 
 def clean_out(out: Path) -> None:
-    """Remove the finished artefacts; the trees of `invoke unpack` stay."""
+    """Remove the finished artefacts; the trees of `invoke unpack` stay, and a lab."""
     for path in sorted(out.iterdir()) if out.is_dir() else []:
-        if path.name == KEPT:
-            progress.note(f"{path} stays: it may hold commits that are nowhere else; remove it by hand")
+        if path.name in KEPT:
+            progress.note(f"{path} stays: {KEPT[path.name]}")
             continue
         progress.note(f"{'would remove' if settings.current.dry_run else 'removing'} {path}")
         if not settings.current.dry_run:

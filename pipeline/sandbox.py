@@ -37,10 +37,12 @@ class Sandbox:
     Attributes:
         root: the tree; mounted read-only unless `writable`.
         writable: whether commands may change the tree itself (installing packages into an image).
+        hostname: what it calls itself.
     """
 
     root: Path
     writable: bool = False
+    hostname: str = "builder"
 
     def argv(
         self,
@@ -65,7 +67,7 @@ class Sandbox:
             bwrap += ["--bind", str(host), inside]
         for number, overlay in enumerate(overlays):
             bwrap += ["--bind", f"@overlay{number}@", overlay.target]
-        bwrap += ["--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--hostname", "builder"]
+        bwrap += ["--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--hostname", self.hostname]
         bwrap += ["--die-with-parent", "--new-session", "--cap-add", "ALL", "--clearenv", "--chdir", cwd]
         settings = {
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",

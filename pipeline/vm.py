@@ -81,17 +81,19 @@ class Accelerator:
             Debian is built for it.
         scale: what to multiply a deadline with.
         why: why not KVM, or "".
+        translated: MiB of translated code that TCG keeps for a guest, beside the guest's own memory.
     """
 
     name: str
     cpu: str
     scale: float
     why: str = ""
+    translated: int = 512
 
     @property
     def options(self) -> list[str]:
         """`-accel` with what makes it fast: a thread for each vCPU, and room for translated code."""
-        return ["-accel", "kvm" if self.name == "kvm" else "tcg,thread=multi,tb-size=512"]
+        return ["-accel", "kvm" if self.name == "kvm" else f"tcg,thread=multi,tb-size={self.translated}"]
 
     @staticmethod
     def probe(cache: Path | None = None) -> Accelerator:
@@ -250,8 +252,10 @@ class Machine:
         initrd: Path | None = None,
         append: str = "",
         network: bool = True,
+        mac: str = "",
         ssh_key: Path | None = None,
         login: bool = True,
+        control: Path | None = None,
         credentials: Mapping[str, str] | None = None,
         may_keep: bool = False,
         extra: Sequence[str] = (),
@@ -272,9 +276,13 @@ class Machine:
             firmware: `bios` or `uefi`.
             kernel, initrd, append: boot this kernel without a boot loader.
             network: a user-mode NIC whose ssh port is forwarded from 127.0.0.1.
+            mac: that NIC's hardware address. With it the guest finds the NIC behind those of `extra`, and nobody but
+                the forwarded ssh: its network leads nowhere and names no router.
             ssh_key: the private key for root; without it a key is made.
             login: let root in with that key by a systemd credential (no cloud-init needed). A test that wants to prove
                 that the seed's key is what counts says False.
+            control: an existing directory for its sockets, with a path of at most 90 bytes. Without it they are gone
+                with the `with` block, also where the machine is kept.
             credentials: more systemd credentials for this boot.
             may_keep: whether `keep` may be called. Without it the guest dies with us even when SIGKILL ends us.
             extra: more QEMU arguments (tap NICs, -icount …).
@@ -294,6 +302,7 @@ class Machine:
         self.initrd = initrd
         self.append = append
         self.network = network
+        self.mac = mac
         self.ssh_key = ssh_key
         self.login = login
         self.credentials = dict(credentials or {})
@@ -305,6 +314,7 @@ class Machine:
         self._stack = contextlib.ExitStack()
         self._process: run.Process | None = None
         self._connected = False
+        self._given = control
         self._control = Path()  # sockets live in a directory of their own: their paths must be shorter than 108 bytes
 
     # -- its files
@@ -343,7 +353,7 @@ class Machine:
         self.work = self.work.resolve()  # QEMU, ssh and the user each stand in another directory
         self.console.write_bytes(b"")
         try:
-            self._control = self._stack.enter_context(run.temporary_directory("lvsforge-vm-"))
+            self._control = self._given or self._stack.enter_context(run.temporary_directory("lvsforge-vm-"))
             self._launch()
         except BaseException:
             self._stack.close()
@@ -416,15 +426,18 @@ class Machine:
             line += ["-kernel", str(self.kernel), "-append", self.append]
         if self.initrd:
             line += ["-initrd", str(self.initrd)]
+        control: list[str] = []
         if self.network:
-            line += ["-netdev", f"user,id=user0,hostfwd=tcp:127.0.0.1:{self.port}-:22"]
-            line += ["-device", "virtio-net-pci,netdev=user0,romfile="]
+            alone, mac = (",restrict=on,ipv6=off", f",mac={self.mac}") if self.mac else ("", "")
+            control += ["-netdev", f"user,id=user0{alone},hostfwd=tcp:127.0.0.1:{self.port}-:22"]
+            control += ["-device", f"virtio-net-pci,netdev=user0,romfile={mac}"]
+        line += [] if self.mac else control
         values = dict(self.credentials)
         if self.network and self.login:
             values["ssh.authorized_keys.root"] = self.public_key
         if values:
             line += ["-smbios", credentials(values)]
-        return line + self.extra
+        return line + self.extra + (control if self.mac else [])
 
     def _launch(self) -> None:
         # A free port can be taken by somebody else before QEMU binds it: then QEMU ends at once and we take another.
@@ -437,7 +450,7 @@ class Machine:
             if self.network:
                 self._write_ssh_config()
             run.wait_until(
-                lambda process=process: process.poll() is not None or _listening(self._control / "q"),  # type: ignore[misc]
+                lambda process=process: process.poll() is not None or listening(self._control / "q"),  # type: ignore[misc]
                 deadline=20.0,
                 what=f"machine {self.name}: QEMU did not start",
                 hint=f"read {log}",
@@ -694,7 +707,33 @@ def _comma(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def _listening(control: Path) -> bool:
+def monitor(control: Path, command: str, **arguments: object) -> object:
+    """Ask a running QEMU for something by its control socket (QMP), and return what it answers.
+
+    Raises:
+        BuildError: nobody listens there, or QEMU refuses.
+    """
+    what = f"QEMU's {command} at {control}"
+    try:
+        with socket.socket(socket.AF_UNIX) as link:
+            link.settimeout(30)
+            link.connect(str(control))
+            with link.makefile("rw", encoding="utf-8") as stream:
+                stream.readline()  # the greeting
+                for words in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": arguments}):
+                    stream.write(json.dumps(words) + "\n")
+                    stream.flush()
+                    answer = json.loads(stream.readline() or "{}")
+                    while "event" in answer:
+                        answer = json.loads(stream.readline() or "{}")
+    except (OSError, ValueError) as error:
+        raise BuildError(f"{what}: {error}", "does the machine run?") from None
+    if "return" not in answer:
+        raise BuildError(f"{what}: {answer.get('error', {}).get('desc', 'no answer')}", "does the machine run?")
+    return answer["return"]
+
+
+def listening(control: Path) -> bool:
     """Whether QEMU's main loop runs: only then does its control socket greet, everything on its command line taken."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as link:
         link.settimeout(5)

@@ -14,12 +14,15 @@ def laid_out(out: Path) -> None:
     (out / "lvs-director" / "1" / "image.qcow2").write_text("image")
     (out / "work" / "kernel-lvs").mkdir(parents=True)
     (out / "work" / "kernel-lvs" / "mine.c").write_text("a day's work")
+    (out / "lab").mkdir()
+    (out / "lab" / "state.json").write_text("{}")
 
 
-def test_artefacts_go_and_a_persons_trees_stay(tmp_path: Path) -> None:
+def test_artefacts_go_and_what_a_person_uses_stays(tmp_path: Path) -> None:
     laid_out(tmp_path)
     clean.clean_out(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["work"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lab", "work"]
+    assert (tmp_path / "lab" / "state.json").exists()
     assert (tmp_path / "work" / "kernel-lvs" / "mine.c").read_text() == "a day's work"
 
 

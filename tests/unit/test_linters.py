@@ -331,6 +331,7 @@ MAY_START = {
     **GUESTS,
     Path("pipeline/run.py"): "the one runner",
     Path("pipeline/enter.py"): "becomes the command that it was started to run",
+    Path("pipeline/tap.py"): "likewise",
     Path("tests/unit/test_harness.py"): "shows that the guard refuses each of them",
 }
 

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -236,3 +237,78 @@ def test_seed_is_refused_whole(tmp_path: Path) -> None:
 def test_another_seed_is_another_instance() -> None:
     assert seed.minimal("a", "k")["meta-data"] != seed.minimal("b", "k")["meta-data"]
     assert seed.instance_id("ab", "c") != seed.instance_id("a", "bc")
+
+
+# --- the control socket
+
+
+@pytest.mark.network_local
+def test_qemu_is_asked_by_its_control_socket(tmp_path: Path) -> None:
+    """Events may come in between; what is refused is said in QEMU's words."""
+    heard: list[object] = []
+    answers: dict[str, list[Any]] = {
+        "set_link": [{"event": "NIC_RX_FILTER_CHANGED"}, {"return": {}}],
+        "query-status": [{"return": {"status": "running"}}],
+        "frobnicate": [{"error": {"class": "CommandNotFound", "desc": "The command frobnicate has not been found"}}],
+    }
+
+    def serve(listener: socket.socket) -> None:
+        for _ in answers:
+            link, _ = listener.accept()
+            with link, link.makefile("rw", encoding="utf-8") as stream:
+                stream.write('{"QMP": {}}\n')
+                stream.flush()
+                for said in (json.loads(line) for line in stream):
+                    heard.append(said)
+                    for answer in answers.get(said["execute"], [{"return": {}}]):
+                        stream.write(json.dumps(answer) + "\n")
+                    stream.flush()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "q"))
+        listener.listen()
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        assert vm.monitor(tmp_path / "q", "set_link", name="eth0", up=False) == {}
+        assert vm.monitor(tmp_path / "q", "query-status") == {"status": "running"}
+        with pytest.raises(BuildError, match="The command frobnicate has not been found"):
+            vm.monitor(tmp_path / "q", "frobnicate")
+        thread.join(10)
+    assert heard[1] == {"execute": "set_link", "arguments": {"name": "eth0", "up": False}}
+    with pytest.raises(BuildError, match=r"QEMU's stop at .*/none: \[Errno 2\]"):
+        vm.monitor(tmp_path / "none", "stop")
+
+
+# --- a machine that others look after
+
+
+def test_a_machine_whose_first_nics_are_its_own(machine: Callable[..., vm.Machine]) -> None:
+    """ssh's NIC comes last then, and its network leads nowhere."""
+    line = machine(mac="52:54:00:1a:b0:00", login=False, extra=["-device", "virtio-net-pci,netdev=eth0"]).argv()
+    own = ["-netdev", "user,id=user0,restrict=on,ipv6=off,hostfwd=tcp:127.0.0.1:4711-:22"]
+    own += ["-device", "virtio-net-pci,netdev=user0,romfile=,mac=52:54:00:1a:b0:00"]
+    assert line[-6:] == ["-device", "virtio-net-pci,netdev=eth0", *own]
+    line = machine(login=False, extra=["-device", "second"]).argv()
+    assert line[-6:-2] == [
+        "-netdev",
+        "user,id=user0,hostfwd=tcp:127.0.0.1:4711-:22",
+        "-device",
+        "virtio-net-pci,netdev=user0,romfile=",
+    ]
+
+
+@pytest.mark.network_local
+def test_sockets_that_outlive_us(
+    machine: Callable[..., vm.Machine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a given folder; in one of our own they go with the block."""
+    monkeypatch.setattr(vm.Machine, "_launch", lambda _: None)
+    sockets = tmp_path / "sockets"
+    sockets.mkdir()
+    with machine(control=sockets) as kept:
+        assert kept._control == sockets
+    assert sockets.exists()
+    with machine() as other:
+        gone = other._control
+        assert gone.exists()
+    assert not gone.exists()
