@@ -248,7 +248,8 @@ class _Reader:
                 )
             ids.setdefault((interface, identity), f"{place}.id")
             password = self.secret(item.get("password"), f"{place}.password", _LONGEST_VRRP)
-            yield Instance(name, identity, interface, number(item.get("advert_int"), 1), password)
+            track = item.get("track") is True
+            yield Instance(name, identity, interface, number(item.get("advert_int"), 1), password, track)
 
     def elections(
         self,

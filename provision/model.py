@@ -172,13 +172,14 @@ class Service:
 
 @dataclass(frozen=True)
 class Instance:
-    """What moves VIPs between directors in mode vrrp."""
+    """What moves VIPs between directors in mode vrrp; also, with `track`, when the other interface has no carrier."""
 
     name: str
     id: int
     interface: str
     advert_int: int
     password: Secret | None
+    track: bool = False
 
 
 @dataclass(frozen=True)

@@ -166,10 +166,14 @@ class Renderer:
             first = min(vip.version for vip in vips)
             names = {name for each in mine for name in each.directors}
             rivals = [director.priority for director in self.cluster.directors if director.name in names]
+            here, there = (
+                (host.uplink, host.downlink) if instance.interface == "uplink" else (host.downlink, host.uplink)
+            )
             yield {
                 "name": instance.name,
                 "state": "MASTER" if host.priority == max(rivals) else "BACKUP",
-                "interface": host.uplink if instance.interface == "uplink" else host.downlink,
+                "interface": here,
+                "track": there if instance.track and there != here else "",
                 "id": instance.id,
                 "priority": host.priority,
                 "advert_int": instance.advert_int,

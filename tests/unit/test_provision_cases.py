@@ -144,6 +144,29 @@ def test_the_backup_differs_where_the_manual_says(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("interface", "downlink", "tracked"),
+    [("uplink", "eth1", "eth1"), ("downlink", "eth1", "eth0"), ("uplink", "eth0", "")],
+    ids=["where VIPs come in", "where they go out", "one arm"],
+)
+def test_a_master_gives_vips_away_when_its_other_interface_is_dead(
+    interface: str, downlink: str, tracked: str, tmp_path: Path
+) -> None:
+    data = yaml.safe_load((TOP / "provision/examples/lab-vrrp.yaml").read_text(encoding="utf-8"))
+    data["vrrp"]["instances"][0]["interface"] = interface
+    data["local_addresses"]["laddr_g1"]["routed"] = True  # on one arm they are on no network of the downlink
+    for director in data["directors"]:
+        director["downlink"] = downlink
+    for track in (True, False):
+        data["vrrp"]["instances"][0]["track"] = track
+        (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+        render.render_cluster(tmp_path / "cluster.yaml", tmp_path / "out")
+        for host in ("lvs-1", "lvs-2"):
+            text = (tmp_path / "out" / host / "rootfs/etc/keepalived/web.conf").read_text(encoding="utf-8")
+            found = re.findall(r"    track_interface \{\n        (\S+)\n    \}\n", text)
+            assert found == ([tracked] if tracked and track else [])
+
+
 def test_the_manuals_other_data(tmp_path: Path) -> None:
     """1c and 2c: sysctl; 1f: local addresses on the downlink."""
     settings = {}
