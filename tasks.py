@@ -5,6 +5,7 @@ Run `invoke --list` for the contents and `invoke --help TASK` for one task.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from pipeline import series as series_tasks
 from pipeline import sources, testing
 from pipeline import status as reporting
 from pipeline.cli import command
+from pipeline.settings import TOP
 from pipeline.store import Store
 from provision import tasks as provision
+from provision.lab import lab, report
 from tools import build as tools_build
 
 _ROLE = {"role": "director or realserver; both when not given"}
@@ -160,7 +163,7 @@ def sources_update(_c: Any, name: str = "") -> None:
 @command(name="refresh-roots")
 def refresh_roots(_c: Any) -> None:
     """Take the archive's newest packages into the build roots and the images' base."""
-    for root in [*bake.roots(), develop.guest_root(), develop.debian_root()]:
+    for root in [*bake.roots(), develop.guest_root(), develop.debian_root(), lab.root(Store())]:
         root.refresh()
 
 
@@ -265,6 +268,31 @@ def check_image(_c: Any, role: str = "") -> None:
 def console(_c: Any, role: str, seed: str = "") -> None:
     """Boot a throw-away overlay of an image with its console on this terminal."""
     bake.console(role, Path(seed) if seed else None)
+
+
+@command(
+    "offline",
+    name="lab-up",
+    help={
+        "cluster": "the cluster file (provision/examples/)",
+        **provision.LAB_DIR,
+        "memory": "of each machine, in MiB",
+        "image_director": "a qcow2 file; without it this checkout's image, or the newest in out/",
+        "image_realserver": "likewise",
+    },
+)
+def lab_up(
+    _c: Any,
+    cluster: str,
+    dir: str = provision.LAB,
+    memory: int = 512,
+    image_director: str = "",
+    image_realserver: str = "",
+) -> None:
+    """Boot a cluster from golden images and its seeds on this machine, with a router and clients; it stays up."""
+    given = {"director": image_director, "realserver": image_realserver}
+    parts = lab.Parts(image=partial(bake.ready, given), toa_bpf=bake.toa_bpf)
+    _show(report.welcome(lab.up(Path(cluster), TOP / dir, memory, parts)))
 
 
 namespace = Collection.from_module(__import__(__name__))

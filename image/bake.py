@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -151,6 +151,48 @@ def console(role: str, seed: Path | None) -> None:
     code = verify.console(line.store, image.recipe, disk, seed.resolve() if seed else None)
     if code != 0:
         raise BuildError(f"the machine ended with status {code}", "invoke doctor")
+
+
+def ready(given: Mapping[str, str], role: str) -> Path:
+    """A golden image that is there: the given file, this checkout's own, or else the newest one in out/.
+
+    Args:
+        given: files by role, "" for none.
+        role: whose image.
+
+    Raises:
+        BuildError: the given file is no image, or none is baked.
+    """
+    if file := given.get(role):
+        path = Path(file)
+        if not path.is_file():
+            raise BuildError(f"--image-{role}: {path} does not exist", f"invoke bake-image --role {role}")
+        if _start(path) != b"QFI\xfb":
+            raise BuildError(f"--image-{role}: {path} is no qcow2 image", f"ls {settings.out()}/*/*/*.qcow2")
+        return path.resolve()
+    line = Line()
+    others = [verify.qcow2(result) for result in line.store.results(f"image-{role}")]
+    # Without any there is no need for this checkout's key, which may need the toolbox.
+    if others and line.store.has(finished := line.image(role).finished):
+        return verify.qcow2(line.store.path(finished))
+    name = Recipe.load(role).name
+    baked = sorted(settings.out().glob(f"{name}/*/*.qcow2"), key=lambda path: path.stat().st_mtime)
+    if baked:
+        return baked[-1].resolve()
+    older = [f"an image of another state of the checkout is there: --image-{role} {others[0]}"] if others else []
+    raise BuildError(f"no {role} image is baked", f"invoke bake-image --role {role}", older)
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(4)
+
+
+def toa_bpf() -> Path:
+    """The signed package toa-bpf, built if need be."""
+    line = Line()
+    (package,) = tools.packages(line.store.ensure(line.signed(tools.stage("toa-bpf", line.store))))
+    return package
 
 
 def build(stages: Sequence[Stage]) -> None:

@@ -167,7 +167,7 @@ def _position(items: Any, address: Address) -> int | None:
     return next((n for n, text in enumerate(items) if ip_address(text) == address), None)
 
 
-def _append(items: CommentedSeq, value: Any) -> None:
+def append(items: CommentedSeq, value: Any) -> None:
     """Append in the list's own form: the comment and the empty lines after its last member stay behind it."""
     last = len(items) - 1
     after = _taken_comments(items, last) if last >= 0 and not items.fa.flow_style() else None
@@ -262,7 +262,7 @@ def add_real_server(service: str, address: str, port: int, weight: int) -> Chang
             new["weight"] = weight
         if servers and servers[-1].fa.flow_style():
             new.fa.set_flow_style()
-        _append(servers, new)
+        append(servers, new)
 
     return change
 
@@ -301,7 +301,7 @@ def add_vip(service: str, vip: str, like: str = "", port: int = 0) -> Change:
 
     def change(data: Any) -> None:
         if not like:
-            _append(_service(data, service, "; --like makes a new one")["vips"], str(address_of(vip)))
+            append(_service(data, service, "; --like makes a new one")["vips"], str(address_of(vip)))
             return
         if any(each["name"] == service for each in data["services"]):
             raise BuildError(f"there is a service {service!r}", "without --like it gets the VIP")
@@ -310,7 +310,7 @@ def add_vip(service: str, vip: str, like: str = "", port: int = 0) -> Change:
         new["vips"] = _bare(new["vips"], [str(address_of(vip))])
         if port:
             new["ports"] = _bare(new["ports"], [port])
-        _append(data["services"], new)
+        append(data["services"], new)
 
     return change
 
@@ -377,7 +377,7 @@ def add_local_address(path: Path, director: str, address: str, pool: str) -> Cha
             return
         if name not in entry["local_addresses"]:
             _set(entry["local_addresses"], name, new)
-        _append(entry["local_addresses"][name], str(wanted))
+        append(entry["local_addresses"][name], str(wanted))
 
     return change
 
@@ -406,7 +406,7 @@ def remove_local_address(path: Path, director: str, address: str, pool: str) -> 
             new.fa.set_flow_style()
             _set(entry, "without", new)
         else:
-            _append(entry["without"], str(wanted))
+            append(entry["without"], str(wanted))
 
     return change
 

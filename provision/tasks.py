@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from provision import cluster as clusters
 from provision import inventory as inventories
 from provision import render as rendering
 from provision.checking import Where
+from provision.lab import report
+from provision.lab.lab import down
 from provision.remote import opener
 
 _CLUSTER = {"cluster": "the cluster file (provision/examples/)"}
@@ -224,3 +227,28 @@ def remove_local_address(
     """Remove a local address from a director, once its connections have ended (manual 4.3)."""
     options = rollout.Options(apply, _where(ssh_config), drain)
     rollout.perform(Path(cluster), operations.remove_local_address(Path(cluster), director, address, pool), options)
+
+
+# --- a whole cluster on this machine; lab-up is in the tasks.py above, as it takes images
+
+LAB_DIR = {"dir": "the lab's folder; each has a lab of its own"}
+LAB = "out/lab"
+
+
+@command(name="lab-status", help=LAB_DIR)
+def lab_status(_c: Any, dir: str = LAB) -> None:
+    """Ask the lab's nodes how they are, and draw the topology with that: here, and in topology.svg."""
+    print("\n".join(report.status(settings.TOP / dir)))
+
+
+@command(name="lab-ssh", help={**LAB_DIR, "host": "a node of lab-status"}, positional=["host"])
+def lab_ssh(_c: Any, host: str, dir: str = LAB) -> None:
+    """Log in to a node of the lab, or run a command there: lab-ssh lvs-1 -- ipvsadm -Ln."""
+    words = sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
+    sys.exit(report.login(settings.TOP / dir, host, words))
+
+
+@command(name="lab-down", help=LAB_DIR)
+def lab_down(_c: Any, dir: str = LAB) -> None:
+    """End the lab: its machines, namespaces and files."""
+    down(settings.TOP / dir)

@@ -11,10 +11,8 @@ have a hub each inside their QEMU, with a cable to each director.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import copy
-import dataclasses
 import json
 import os
 import socket
@@ -28,7 +26,7 @@ import yaml
 from image import bake, verify
 from pipeline import run, seed, settings, vm
 from pipeline.store import Store
-from tools import build as tools
+from provision.lab import machines
 
 DIRECTOR, BACKUP, REAL, ROUTER = "lvs-1", "lvs-2", "rs-1", "router"
 DIRECTORS = (DIRECTOR, BACKUP)
@@ -48,8 +46,7 @@ MACS = {
 }
 OSPF_KEY, VRRP_PASSWORD, VTY_PASSWORD = "o5pfkey", "vrrppw", "vtypw"
 VIPS = ("203.0.113.1", "203.0.113.2", "2001:db8:ffff::1")
-# Seconds under KVM, multiplied for TCG: first boot to the checks' being green, and OSPF's own times.
-BOOT, SETTLED = 90.0, 30.0
+SETTLED = 30.0  # seconds under KVM, multiplied for TCG: OSPF's own times
 
 COMMON: dict[str, Any] = {
     "vip_prefixes": ["203.0.113.0/24", "2001:db8:ffff::/64"],
@@ -230,15 +227,11 @@ class Fleet:
         ends = [f"{end}-{name}" for name in DIRECTORS for end in ("up", "edge", "down", "real")]
         self._ports = dict(zip(ends, udp_ports(len(ends)), strict=True))
         self._store = Store()
-        found = vm.Turns(**vars(vm.Accelerator.probe(self._store.root)))
-        # Deadlines are for a machine that has a CPU of an idle builder to itself.
-        crowd = max(1.0, _MACHINES / (os.cpu_count() or 1)) * vm.slowdown(found)
-        self._accelerator = dataclasses.replace(found, scale=found.scale * crowd)
+        self._accelerator = machines.accelerator(self._store, _MACHINES)
         self._line = bake.Line(self._store)
         self._stacks: dict[str, contextlib.ExitStack] = {}
         self._key = vm.make_key(work)
         self._public = Path(f"{self._key}.pub").read_text(encoding="ascii").strip()
-        self._disks: dict[str, Path] = {}
         for name, text in (("ospf", OSPF_KEY), ("vrrp", VRRP_PASSWORD), ("vty", VTY_PASSWORD)):
             (work / name).write_text(f"{text}\n", encoding="ascii")
             (work / name).chmod(0o600)
@@ -255,8 +248,7 @@ class Fleet:
             disks=[vm.Disk(self._disk(name, role))],
             seed=self._seed(name),
             memory=512,
-            # A director's interrupts are to be spread.
-            cpus=2 if name in DIRECTORS else 1,
+            cpus=machines.cpus(role if name in (*DIRECTORS, REAL) else ROUTER),
             ssh_key=self._key,
             login=False,
             extra=[
@@ -272,20 +264,11 @@ class Fleet:
 
     def booted(self, name: str) -> None:
         """Wait until the seed is applied."""
-        machine = self.machines[name]
-        machine.wait_for_ssh(BOOT)
-        status = machine.run("cloud-init status --wait --long", check=False, seconds=BOOT)
-        assert status.returncode == 0, status.stdout
-        assert machine.run("systemctl is-system-running --wait || systemctl --failed --plain").stdout == "running\n"
+        machines.settle(self.machines[name])
 
     def show_clients(self) -> None:
-        """On a kernel without the module toa: the programs, from the repository as its README says."""
-        if self.ask(REAL, "modinfo -n toa 2>/dev/null || :"):
-            return
-        (package,) = tools.packages(self._store.ensure(self._line.signed(tools.stage("toa-bpf", self._store))))
-        text = base64.b64encode(package.read_bytes()).decode("ascii")
-        self.machines[REAL].run(f"base64 -d >/run/{package.name}", stdin=text)
-        self.ask(REAL, f"rpm -i /run/{package.name} && systemctl start toa-bpf")
+        """Let the real server's programs see clients."""
+        machines.show_clients(self.machines[REAL], bake.toa_bpf)
 
     def stop(self, name: str) -> None:
         """Shut a machine down in order; its disk stays."""
@@ -317,11 +300,8 @@ class Fleet:
         return seconds * self._accelerator.scale
 
     def _disk(self, name: str, role: str) -> Path:
-        if name not in self._disks:
-            base = verify.qcow2(self._store.ensure(self._line.image(role).finished))
-            self._disks[name] = self.work / f"{name}.qcow2"
-            run.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", self._disks[name], "8G"])
-        return self._disks[name]
+        base = verify.qcow2(self._store.ensure(self._line.image(role).finished))
+        return machines.overlay(base, self.work / f"{name}.qcow2")
 
     def _seed(self, name: str) -> Path:
         if name != ROUTER:
@@ -334,18 +314,19 @@ class Fleet:
         """A machine's NICs beside eth0, and their cables."""
         if name in DIRECTORS:
             pairs = [(f"{here}-{name}", f"{there}-{name}") for here, there in (("up", "edge"), ("down", "real"))]
-            return [word for here, there in pairs for word in (*self._cable(here, there), *_nic(here))]
+            return [word for here, there in pairs for word in machines.cable(here, MACS[here], self._udp(here, there))]
         here, there = ("edge", "up") if name == ROUTER else ("real", "down")
-        words = ["-netdev", f"hubport,id={here},hubid=1", *_nic(here)]
+        words = machines.cable(here, MACS[here], "hubport,hubid=1")
         for director in DIRECTORS:
-            words += self._cable(f"{here}-{director}", f"{there}-{director}")
+            end = f"{here}-{director}"
+            words += machines.backend(end, self._udp(end, f"{there}-{director}"))
             words += ["-netdev", f"hubport,id=port-{director},hubid=1,netdev={here}-{director}"]
         return words
 
-    def _cable(self, here: str, there: str) -> list[str]:
+    def _udp(self, here: str, there: str) -> str:
         ports = {"local": self._ports[here], "remote": self._ports[there]}
         ends = (f"{end}.type=inet,{end}.host=127.0.0.1,{end}.port={port}" for end, port in ports.items())
-        return ["-netdev", f"dgram,id={here},{','.join(ends)}"]
+        return f"dgram,{','.join(ends)}"
 
     # --- what an operator types
 
@@ -400,10 +381,6 @@ def fleet(work: Path) -> Iterator[Fleet]:
         yield found
     finally:
         found.close()
-
-
-def _nic(name: str) -> list[str]:
-    return ["-device", f"virtio-net-pci,netdev={name},romfile=,mac={MACS[name]}"]
 
 
 def udp_ports(count: int) -> list[int]:

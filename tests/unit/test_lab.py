@@ -1,0 +1,530 @@
+"""The lab as far as it can be judged without a machine: its state, its errors, its command lines and its picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import xml.etree.ElementTree
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from image import bake
+from pipeline import run, settings, vm
+from pipeline.errors import BuildError
+from pipeline.store import Store
+from provision import cluster as clusters
+from provision.lab import lab as labs
+from provision.lab import live, login, machines, picture, report, space, state, topology
+from provision.lab.live import DOWN, STARTING, TROUBLED, UP, Seen
+from provision.lab.space import Space
+from provision.lab.state import Running, State
+from tests.unit.test_lab_topology import EXAMPLES
+
+ENDED = Running(pid=1, started=1)  # process 1 is there, and has started at another time
+US = Running.of(os.getpid())
+
+
+# --- what runs
+
+
+def test_a_process_is_known_by_its_start_too() -> None:
+    assert US.alive
+    assert not replace(US, started=US.started + 1).alive
+    assert not ENDED.alive
+    with pytest.raises(BuildError, match="process 4194305 has ended already"):
+        Running.of(4194305)  # above the kernel's largest
+
+
+@pytest.mark.parametrize("word", ["Z", "X"])
+def test_one_that_only_its_parent_knows_does_not_run(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a name that has blanks and brackets, as any program may give itself."""
+    rest = " ".join(str(n) for n in range(4, 30))
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"7 (a) b) {word} {rest}")
+    assert state._started(7) is None
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"7 (a) b) S {rest}")
+    assert state._started(7) == 22
+
+
+def test_state_is_written_and_read(tmp_path: Path) -> None:
+    written = State(tmp_path, "cluster.yaml", 512, 1.5, "/run/s", "/root", {"director": "a"}, {"lvs-1": US}, {"r": 3})
+    written.ports["lvs-1"] = 4711
+    written.write()
+    assert State.read(tmp_path) == written
+    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
+    assert State.read(tmp_path / "elsewhere") is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"processes": {"a": {"id": 3}}}', '{"processes": {}, "unknown": 1}'])
+def test_a_damaged_state_is_said_so(tmp_path: Path, text: str) -> None:
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(BuildError, match="is no state of a lab") as caught:
+        State.read(tmp_path)
+    assert "ps -C qemu-system-x86" in caught.value.hint
+
+
+def test_exactly_its_processes_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose number another process has now is left alone, and so is one that was not named."""
+    alive = {11: 100, 12: 200, 13: 300}
+    killed: list[tuple[int, int]] = []
+
+    def kill(pid: int, number: int) -> None:
+        killed.append((pid, number))
+        del alive[pid]
+
+    monkeypatch.setattr(state, "_started", alive.get)
+    monkeypatch.setattr(os, "kill", kill)
+    processes = {"lvs-1": Running(11, 100), "rs-1": Running(12, 200), "router": Running(13, 299)}
+    written = State(tmp_path, processes=processes)
+    assert written.end("rs-1", "router") == ["rs-1"]
+    assert killed == [(12, 9)]
+    assert written.end() == ["lvs-1"]
+    assert killed == [(12, 9), (11, 9)] and alive == {13: 300}
+
+
+def test_one_that_cannot_be_ended_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "_started", lambda _: 5)
+    monkeypatch.setattr(state, "_END_SECONDS", 0.0)
+    monkeypatch.setattr(os, "kill", lambda *_: None)
+    with pytest.raises(BuildError, match=r"the end of lvs-1 \(pid 77\)") as caught:
+        State(tmp_path, processes={"lvs-1": Running(77, 5)}).end()
+    assert caught.value.hint == "ps 77"
+
+
+def test_one_command_at_a_time(tmp_path: Path) -> None:
+    with state.alone(tmp_path / "lab"), pytest.raises(BuildError, match="another command is at work on the lab"):
+        state.alone(tmp_path / "lab").__enter__()
+    with state.alone(tmp_path / "lab"):
+        pass
+
+
+# --- what lab-up refuses
+
+PARTS = labs.Parts(image=lambda role: Path(role), toa_bpf=Path)
+
+
+def test_only_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(BuildError, match="root is needed") as caught:
+        labs.up(EXAMPLES["ospf"], tmp_path / "lab", 512, PARTS)
+    assert caught.value.hint.startswith("sudo ")
+    assert not (tmp_path / "lab").exists()
+
+
+@pytest.fixture
+def root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+
+@pytest.mark.usefixtures("root")
+def test_a_lab_that_is_up_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "lab"
+    folder.mkdir()
+    State(folder, "mine.yaml", processes={"lvs-1": US, "lvs-2": ENDED}).write()
+    with pytest.raises(BuildError, match=r"a lab is up already in .*lab: mine\.yaml, lvs-1\n") as caught:
+        labs.up(EXAMPLES["ospf"], folder, 512, PARTS)
+    assert "invoke lab-down" in caught.value.hint
+    assert State.read(folder) is not None
+
+
+@pytest.mark.usefixtures("root")
+def test_a_folder_of_something_else_stays(tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_text("years of work")
+    with pytest.raises(BuildError, match="is there and is no lab"):
+        labs.up(EXAMPLES["ospf"], tmp_path, 512, PARTS)
+    assert (tmp_path / "thesis").exists()
+
+
+@pytest.mark.usefixtures("root")
+def test_what_is_left_of_before_a_reboot_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, sockets = tmp_path / "lab", tmp_path / "sockets"
+    for each in (folder, sockets):
+        each.mkdir()
+    State(folder, "mine.yaml", sockets=str(sockets), processes={"lvs-1": ENDED}).write()
+    monkeypatch.setattr(labs, "_available", lambda: 100)
+    with pytest.raises(BuildError, match="not enough memory"):
+        labs.up(EXAMPLES["ospf"], folder, 512, PARTS)
+    assert not folder.exists() and not sockets.exists()
+
+
+def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    labs._judge_memory(4, 512, 4 * (512 + labs._QEMU) + labs._BESIDE)
+    with pytest.raises(BuildError, match="4 machines of 512 MiB need 4552 MiB, 4551 are available") as caught:
+        labs._judge_memory(4, 512, 4 * (512 + labs._QEMU) + labs._BESIDE - 1)
+    assert caught.value.hint == "invoke lab-up … --memory 511"
+    with pytest.raises(BuildError) as caught:
+        labs._judge_memory(4, 512, 2000)
+    assert "take a cluster of fewer hosts" in caught.value.hint
+    with pytest.raises(BuildError, match="--memory 100: a machine needs 320 MiB"):
+        labs._judge_memory(1, 100, 100000)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "MemTotal: 9 kB\nMemAvailable:    2097152 kB\n")
+    assert labs._available() == 2048
+
+
+def test_no_lab_is_up(tmp_path: Path) -> None:
+    for written in (None, State(tmp_path, processes={"lvs-1": ENDED})):
+        if written is not None:
+            written.write()
+        with pytest.raises(BuildError, match="no lab is up in") as caught:
+            labs.Lab.open(tmp_path)
+        assert caught.value.hint == "invoke lab-up --cluster provision/examples/lab-ospf.yaml"
+    said: list[str] = []
+    labs.down(tmp_path / "nowhere", said.append)
+    assert said == [f"no lab is up in {tmp_path / 'nowhere'}"]
+
+
+def test_down_takes_its_folders(tmp_path: Path) -> None:
+    folder, sockets = tmp_path / "lab", tmp_path / "sockets"
+    for each in (folder, sockets):
+        each.mkdir()
+    for each in (folder / "disk", sockets / "q"):
+        each.touch()
+    State(folder, sockets=str(sockets), processes={"lvs-1": ENDED}).write()
+    said: list[str] = []
+    labs.down(folder, said.append)
+    assert said == ["ended: nothing ran any more"]
+    assert not folder.exists() and not sockets.exists()
+
+
+# --- images
+
+
+def baked(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    file = folder / "lvs-director-1.qcow2"
+    file.write_bytes(b"QFI\xfb....")
+    (folder / "manifest.json").write_text(json.dumps({"image": {"file": file.name}}))
+    (folder / "inputs.json").write_text("{}")
+    return file
+
+
+def test_the_image_that_is_taken(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = bake.Line(store)
+    monkeypatch.setattr(bake, "Line", lambda: line)
+    with pytest.raises(BuildError, match="no director image is baked") as caught:
+        bake.ready({"director": ""}, "director")
+    assert caught.value.hint == "invoke bake-image --role director" and not caught.value.details
+    older = baked(store.root / "image-director" / "0123")
+    monkeypatch.setattr(store, "has", lambda _: False)
+
+    class Finished:
+        finished = "stage"
+
+    monkeypatch.setattr(line, "image", lambda _: Finished)
+    with pytest.raises(BuildError) as caught:
+        bake.ready({"director": ""}, "director")
+    assert caught.value.details == (f"an image of another state of the checkout is there: --image-director {older}",)
+    published = baked(settings.out() / "lvs-director" / "1")
+    assert bake.ready({"director": ""}, "director") == published
+    own = baked(tmp_path / "own")
+    monkeypatch.setattr(store, "has", lambda stage: stage == "stage")
+    monkeypatch.setattr(store, "path", lambda _: own.parent)
+    assert bake.ready({"director": ""}, "director") == own
+    assert bake.ready({"director": str(published)}, "director") == published
+
+
+def test_a_given_image_must_be_one(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"--image-director: /none\.qcow2 does not exist"):
+        bake.ready({"director": "/none.qcow2"}, "director")
+    (tmp_path / "raw").write_bytes(b"\0" * 512)
+    with pytest.raises(BuildError, match="is no qcow2 image"):
+        bake.ready({"realserver": str(tmp_path / "raw")}, "realserver")
+
+
+# --- command lines
+
+
+def test_a_machines_cable() -> None:
+    assert machines.cable("eth1", "52:54:00:00:00:01", "tap,fd=100") == [
+        "-netdev", "tap,id=eth1,fd=100",
+        "-device", "virtio-net-pci,netdev=eth1,romfile=,mac=52:54:00:00:00:01",
+    ]  # fmt: skip
+    assert machines.backend("end", "dgram,local.type=inet") == ["-netdev", "dgram,id=end,local.type=inet"]
+
+
+def test_many_machines_share_the_builder(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = vm.Accelerator("tcg", "qemu64", 6.0)
+    monkeypatch.setattr(vm.Accelerator, "probe", lambda *_: found)
+    monkeypatch.setattr(vm, "slowdown", lambda _: 1.5)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    made = machines.accelerator(store, 4)
+    assert made.scale == 6.0 * 2 * 1.5
+    assert made.options == ["-accel", "tcg,thread=single,tb-size=512"]
+    assert machines.accelerator(store, 1).scale == 6.0 * 1.5
+
+
+def test_a_namespace_is_entered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "require", lambda name, *_: name)
+    made = Space("client-1", 10, 12)
+    kinds = "--net --pid --mount --uts --ipc --root --wd".split()
+    assert made.argv(["ip", "a"]) == ["nsenter", "--target", "12", *kinds, "--", "ip", "a"]
+    assert made.network_argv(["curl"]) == ["nsenter", "--target", "12", "--net", "--", "curl"]
+    text = login.ssh_config(made, Path("/lab/id"))
+    assert text.startswith("Host client-1\n  User root\n  ProxyCommand nsenter --target 12 --net")
+    assert "exec /usr/sbin/sshd -i" in text and "IdentityFile /lab/id\n" in text
+
+
+def test_cables() -> None:
+    node = Space("router", 10, 12)
+    assert space.cable_commands("port1", "uplink", "eth0", "52:54:00:1a:b1:07", node) == [
+        "link add port1 type veth peer name eth0 address 52:54:00:1a:b1:07 netns 12",
+        "link set port1 alias router.eth0 master uplink up",
+    ]
+    assert space.tap_commands("port2", "uplink", "lvs-1.eth0")[0] == "tuntap add port2 mode tap"
+
+
+def test_hardware_addresses(lab: labs.Lab) -> None:
+    """Those of the cluster file, and others that are nobody else's and the same for ever."""
+    plugs = [(link, plug) for link in lab.topology.links for plug in link.plugs]
+    found = [lab.mac(link, plug) for link, plug in plugs]
+    assert len(set(found)) == len(found) and [lab.mac(link, plug) for link, plug in plugs] == found
+    assert all(lab.mac(link, plug) == plug.mac for link, plug in plugs if plug.mac)
+
+
+def test_the_innermost_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(space, "_children", {1: [2], 2: [3], 3: []}.__getitem__)
+    assert space.innermost(1) == 3
+
+
+def test_what_a_real_server_serves() -> None:
+    files = machines.web_files("rs-1", [80, 8443], b"program")
+    assert files["usr/local/sbin/nginx"] == (0o755, b"program")
+    text = files["etc/web.conf"][1].decode()
+    assert "listen [::]:80 ipv6only=off;" in text and "listen [::]:8443 ipv6only=off;" in text
+    assert 'return 200 "rs-1\\n";' in text
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> labs.Lab:
+    """A lab of the example, of which a machine, its switch and a client run."""
+    monkeypatch.setattr(run, "require", lambda name, *_: f"/usr/bin/{name}")
+    written = State(tmp_path, "lab-ospf.yaml", processes={"lvs-1": US, "client-1": US, "switch": US, "rs-1": ENDED})
+    written.inner = {"client-1": 12, "switch": 13}
+    made = labs.Lab(written)
+    made.__dict__["cluster"] = clusters.load(EXAMPLES["ospf"], secrets=False)
+    made.__dict__["accelerator"] = vm.Accelerator("tcg", "qemu64", 6.0)
+    return made
+
+
+def test_logging_in(lab: labs.Lab) -> None:
+    config = str(lab.folder / "ssh_config")
+    assert lab.command("lvs-1", ["uptime"]) == ["ssh", "-F", config, "lvs-1", "uptime"]
+    assert lab.command("lvs-1", terminal=True) == ["ssh", "-t", "-F", config, "lvs-1"]
+    assert lab.command("client-1")[-2:] == ["--", "sh"]
+    assert lab.command("switch", ["bridge", "link"])[1:3] == ["--target", "13"]
+    with pytest.raises(BuildError, match="the lab has no lvs-9") as caught:
+        lab.command("lvs-9")
+    assert caught.value.hint == "choose among client-1, client-2, router, lvs-1, lvs-2, rs-1, rs-2"
+    for name in ("rs-1", "rs-2", "router"):
+        with pytest.raises(BuildError, match=f"{name} does not run"):
+            lab.command(name)
+
+
+def test_ports_are_each_ones_own(lab: labs.Lab) -> None:
+    names = [lab.port(link, plug) for link in lab.topology.links for plug in link.plugs]
+    assert len(names) == len(set(names)) == 10
+
+
+def test_its_machines_take_the_memory_that_is_counted(lab: labs.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    del lab.__dict__["accelerator"]
+    asked: list[int] = []
+
+    def found(_: Store, count: int) -> vm.Accelerator:
+        asked.append(count)
+        return vm.Accelerator("tcg", "qemu64", 6.0)
+
+    monkeypatch.setattr(machines, "accelerator", found)
+    assert "tb-size=512" in lab.accelerator.options[1]
+    assert asked == [4] and labs._QEMU > 512
+
+
+def test_pages_and_ports(lab: labs.Lab) -> None:
+    assert lab.urls() == [
+        "http://203.0.113.1:80/index.html",
+        "http://[2001:db8:ffff::1]:80/index.html",
+        "http://203.0.113.2:8080/index.html",
+    ]
+    assert lab.web_ports() == [80, 8080]
+
+
+# --- what nodes say
+
+ADDRESSES = json.dumps(
+    [
+        {
+            "ifname": "lo",
+            "operstate": "UNKNOWN",
+            "flags": ["UP"],
+            "addr_info": [{"local": "203.0.113.1", "prefixlen": 32}, {"local": "127.0.0.1", "prefixlen": 8}],
+        },
+        {"ifname": "eth0", "operstate": "UP", "flags": ["UP"], "addr_info": []},
+        {"ifname": "eth1", "operstate": "DOWN", "flags": ["NO-CARRIER", "UP"], "addr_info": []},
+    ]
+)
+TABLE = """\
+TCP  203.0.113.1:80 rr
+  -> 10.64.1.1:80                 FullNat 1      3          0
+  -> 10.64.1.2:80                 FullNat 0      0          0
+"""
+
+
+def test_a_scripts_sections() -> None:
+    script = live._script({"one": "cmd", "two": "other"})
+    assert script == "echo '=== one'; cmd 2>/dev/null || :\necho '=== two'; other 2>/dev/null || :"
+    assert live.sections("noise\n=== one\na\nb\n=== two\n") == {"one": "a\nb\n", "two": ""}
+
+
+def test_a_director() -> None:
+    well = {"addresses": ADDRESSES.replace("NO-CARRIER", "X").replace("DOWN", "UP"), "units": "ospfd yes active\n"}
+    found = live.director({**well, "table": TABLE.replace("FullNat 0", "FullNat 1")}, ["203.0.113.1", "203.0.113.2"])
+    assert found == Seen(UP, ("VIPs: 203.0.113.1", "TCP 203.0.113.1:80: 2 of 2 real servers, 3 connections"))
+    units = "keepalived yes failed\nzebra no inactive\n"
+    found = live.director({"addresses": ADDRESSES, "units": units, "table": TABLE}, [])
+    assert found.state == TROUBLED and found.cut == ("eth1",)
+    assert found.facts == (
+        "VIPs: none",
+        "TCP 203.0.113.1:80: 1 of 2 real servers, 3 connections",
+        "keepalived is failed",
+        "TCP 203.0.113.1:80: 10.64.1.2:80 has weight 0",
+        "eth1 has no carrier",
+    )
+    assert live.director(well, []).facts[-1] == "no service in the kernel"
+
+
+def test_a_real_server() -> None:
+    assert live.real_server({"addresses": "[]", "units": "web yes active\n", "log": "12\n"}) == Seen(
+        UP, ("answered 12 requests",)
+    )
+    found = live.real_server({"units": "web yes inactive\n"})
+    assert found == Seen(TROUBLED, ("answered 0 requests", "web is inactive"))
+
+
+def test_a_client() -> None:
+    # A line for each answer: what follows is the next section.
+    assert live._pages(["http://a/"]).count("%{http_code}\\n") == 1
+    assert live.client({"http://a/": "200\n", "http://b/": "200\n"}) == Seen(UP, ("2 of 2 pages",))
+    assert live.client({"http://a/": "000\n", "http://b/": "503\n"}) == Seen(
+        TROUBLED, ("http://a/: no answer", "http://b/: 503")
+    )
+
+
+def test_the_router() -> None:
+    routes = [{"dst": "203.0.113.1", "nexthops": [{"gateway": "192.0.2.2"}, {"gateway": "192.0.2.3"}]}]
+    routes6 = [{"dst": "2001:db8:ffff::1", "gateway": "fe80::1", "dev": "uplink"}]
+    neighbours = {"neighbors": {"192.0.2.2": [{"nbrState": "Full/DR", "ifaceAddress": "192.0.2.2"}]}}
+    said = {"routes4": json.dumps(routes), "routes6": json.dumps(routes6), "neighbours": json.dumps(neighbours)}
+    owners = {"192.0.2.2": "lvs-1", "192.0.2.3": "lvs-2"}
+    found = live.router(said, owners, ["203.0.113.1", "203.0.113.2", "2001:db8:ffff::1"], ospf=True)
+    assert found == Seen(
+        TROUBLED,
+        (
+            "OSPF: lvs-1 Full",
+            "203.0.113.1 → lvs-1, lvs-2",
+            "203.0.113.2 → nowhere",
+            "2001:db8:ffff::1 → fe80::1",
+            "no route to 203.0.113.2",
+        ),
+    )
+    assert live.router({}, owners, ["203.0.113.1"], ospf=False) == Seen(UP)
+
+
+def test_the_routers_ways_have_names(lab: labs.Lab) -> None:
+    """OSPF for IPv6 names directors by their link-local addresses."""
+    routes = [{"dst": "2001:db8:ffff::1", "gateway": "fe80::5054:ff:fe00:200", "dev": "uplink"}]
+    found = live._router(lab, {"routes6": json.dumps(routes)})
+    assert "2001:db8:ffff::1 → lvs-2" in found.facts
+
+
+def test_who_does_not_run_is_not_asked(lab: labs.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def answer(name: str, command: str, **_: Any) -> run.Result:
+        asked.append(name)
+        if name == "client-1":
+            raise BuildError("on client-1: no end within 9 s", "-")
+        return run.Result((), 255, "", "ssh: no")
+
+    monkeypatch.setattr(lab, "try_to", answer)
+    seen = live.look(lab)
+    assert sorted(asked) == ["client-1", "lvs-1"]
+    assert seen["client-1"] == Seen(STARTING, ("on client-1: no end within 9 s",))
+    assert seen["lvs-1"] == Seen(STARTING, ("does not answer yet",))
+    assert {seen[name].state for name in ("router", "rs-1", "lvs-2")} == {DOWN}
+
+
+# --- the picture
+
+SEEN = {
+    "lvs-1": Seen(UP, ("VIPs: 203.0.113.1",)),
+    "lvs-2": Seen(TROUBLED, ("eth1 has no carrier",), ("eth1",)),
+    "rs-1": Seen(DOWN, ("does not run",)),
+}
+
+
+def test_the_picture_as_text() -> None:
+    built = topology.build(clusters.load(EXAMPLES["ospf"], secrets=False))
+    lines = picture.text(built, SEEN)
+    order = [re.split(r"  +", line.lstrip("●◌▲✗║ "))[0] for line in lines if not line.startswith("      ")]
+    assert order == [
+        "client-1",
+        "client-2",
+        "clients",
+        "router",
+        "uplink",
+        "lvs-1",
+        "lvs-2",
+        "downlink",
+        "rs-1",
+        "rs-2",
+    ]
+    assert "● lvs-1  up   eth0 192.0.2.2 2001:db8:2::2; eth1 10.64.255.1 2001:db8:64::ff:1" in lines
+    assert "▲ lvs-2  troubled   eth0 192.0.2.3 2001:db8:2::3; eth1 10.64.255.2 2001:db8:64::ff:2 CUT" in lines
+    assert "✗ rs-1  down   eth0 10.64.1.1 2001:db8:64::1:1" in lines
+    assert lines[lines.index("      VIPs: 203.0.113.1") - 1].startswith("● lvs-1")
+
+
+@pytest.mark.parametrize("example", [*EXAMPLES.values(), EXAMPLES["ospf"].with_name("manual-ospf.yaml")])
+def test_the_picture_as_svg(example: Path) -> None:
+    built = topology.build(clusters.load(example, secrets=False))
+    text = picture.svg(built, SEEN, "a <b> & c")
+    root = xml.etree.ElementTree.fromstring(text)  # noqa: S314  ours
+    names = {group.get("id") for group in root.iter("{http://www.w3.org/2000/svg}g")}
+    assert names == {node.name for node in built.nodes}
+    words = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert words[0] == "a <b> & c"
+    for link in built.links:
+        assert any(word.startswith(f"{link.name}  ") for word in words), link.name
+    # Every interface has its cable, and those that are cut, or of a machine that is down, are dashed.
+    paths = [path for path in root.iter("{http://www.w3.org/2000/svg}path")]
+    dashed = [path for path in paths if path.get("stroke-dasharray")]
+    assert len(paths) == len(built.links) + sum(len(link.plugs) for link in built.links)
+    cut = sum(len(list(built.plugs(name))) for name in ("rs-1",)) + ("lvs-2" in names)
+    assert len(dashed) == cut
+    # No box lies on another, and all of them are inside.
+    width, height = (float(root.get(side) or 0) for side in ("width", "height"))
+    boxes = [
+        tuple(float(r.get(k) or 0) for k in ("x", "y", "width", "height"))
+        for r in root.iter("{http://www.w3.org/2000/svg}rect")
+    ]
+    for n, (x, y, w, h) in enumerate(boxes[1:], 1):
+        assert 0 <= x and x + w <= width and 0 <= y and y + h <= height
+        assert not any(x < a + c and a < x + w and y < b + d and b < y + h for a, b, c, d in boxes[n + 1 :])
+
+
+def test_what_is_to_be_typed_next(lab: labs.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "look", lambda _: SEEN)
+    lines = report.welcome(lab)
+    own = f"--dir {lab.folder}"
+    assert f"  invoke lab-ssh lvs-1 {own} -- ipvsadm -Ln" in lines
+    assert f"  invoke lab-ssh client-1 {own} -- curl -s http://203.0.113.1:80/index.html" in lines
+    assert f"1 up, 1 troubled, 1 down; drawn in {lab.folder}/topology.svg" in lines
+    assert (lab.folder / "topology.svg").read_text(encoding="utf-8").startswith("<svg ")
+    monkeypatch.setattr(settings, "TOP", lab.folder)
+    lab.folder = lab.folder / "out" / "lab"
+    lab.folder.mkdir(parents=True)
+    lines = report.welcome(lab)
+    assert "  invoke lab-down" in lines
+    assert "  invoke check --cluster out/lab/cluster.yaml --ssh-config out/lab/ssh_config" in lines
