@@ -1,0 +1,63 @@
+"""A line of numbers for each story, in out/cluster-stories.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.cluster.traffic import Request, failed, outage
+
+_HEAD = [
+    "| story | what happened | outage, s | failed / requests | limit, s |",
+    "|---|---|---|---|---|",
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured.
+
+    Attributes:
+        story: its name.
+        event: what happened in it.
+        outage: seconds of the longest outage; None where no requests were made.
+        failed, total: requests.
+        limit: what the story allows, as text.
+    """
+
+    story: str
+    event: str
+    outage: float | None
+    failed: int
+    total: int
+    limit: str = ""
+
+    @classmethod
+    def of(cls, story: str, event: str, requests: Sequence[Request], limit: str = "") -> Row:
+        """A row about requests."""
+        return cls(story, event, outage(requests), len(failed(requests)), len(requests), limit)
+
+    @property
+    def line(self) -> str:
+        """It in the table."""
+        took = "" if self.outage is None else f"{self.outage:.1f}"
+        return f"| {self.story} | {self.event} | {took} | {self.failed} / {self.total} | {self.limit} |"
+
+
+def merged(text: str, row: Row) -> str:
+    """The table with a row, in place of an older one of the same story and event."""
+    same = f"| {row.story} | {row.event} |"
+    lines = [line for line in text.splitlines() if line.startswith("|") and line not in _HEAD]
+    place = next((n for n, line in enumerate(lines) if line.startswith(same)), len(lines))
+    lines[place : place + 1] = [row.line]
+    return "\n".join([*_HEAD, *lines]) + "\n"
+
+
+def note(file: Path, row: Row) -> None:
+    """Put a row into the file's table."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    before = file.read_text(encoding="utf-8") if file.exists() else ""
+    beside = file.with_suffix(".new")
+    beside.write_text(merged(before, row), encoding="utf-8")
+    beside.rename(file)
