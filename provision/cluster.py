@@ -211,6 +211,7 @@ class _Reader:
         dead = number(value.get("dead_interval"), 4 * hello)
         if dead <= hello:
             self.problems.add("ospf.dead_interval", f"{dead} is not above hello_interval ({hello})")
+        priority = value.get("dr_priority")
         key = value.get("key")
         found = self.secret(key.get("secret"), "ospf.key.secret", _LONGEST_OSPF) if isinstance(key, dict) else None
         return Ospf(
@@ -221,6 +222,7 @@ class _Reader:
             reference_bandwidth=number(value.get("reference_bandwidth"), 1000),
             key_id=number(key.get("id"), 1) if isinstance(key, dict) else 0,
             key=found,
+            dr_priority=priority if isinstance(priority, int) else None,
         )
 
     def vty(self, value: Any) -> Vty | None:

@@ -184,7 +184,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class Ospf:
-    """How directors speak with the router in mode ospf; seconds and Mbit/s."""
+    """How directors speak with the router in mode ospf; seconds and Mbit/s. No dr_priority leaves it to the daemons."""
 
     area: str
     stub: bool
@@ -193,6 +193,7 @@ class Ospf:
     reference_bandwidth: int
     key_id: int = 0
     key: Secret | None = None
+    dr_priority: int | None = None
 
 
 @dataclass(frozen=True)

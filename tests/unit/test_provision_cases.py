@@ -167,6 +167,24 @@ def test_a_master_gives_vips_away_when_its_other_interface_is_dead(
             assert found == ([tracked] if tracked and track else [])
 
 
+@pytest.mark.parametrize("priority", [None, 0, 7])
+def test_who_may_be_the_designated_router(priority: int | None, tmp_path: Path) -> None:
+    """Said to both daemons, on the uplink; nothing where the cluster file says nothing."""
+    data = yaml.safe_load((TOP / "provision/examples/lab-ospf.yaml").read_text(encoding="utf-8"))
+    data["ospf"].pop("dr_priority")
+    if priority is not None:
+        data["ospf"]["dr_priority"] = priority
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    render.render_cluster(tmp_path / "cluster.yaml", tmp_path / "out")
+    for daemon, word in (("ospfd", "ip ospf"), ("ospf6d", "ipv6 ospf6")):
+        text = (tmp_path / "out/lvs-1/rootfs/etc/quagga" / f"{daemon}.conf").read_text(encoding="utf-8")
+        uplink = text.partition("interface eth0\n")[2].partition("!")[0]
+        assert re.findall(rf"^ {word} priority (\d+)$", uplink, re.MULTILINE) == (
+            [] if priority is None else [str(priority)]
+        )
+        assert text.count(" priority ") == (priority is not None)
+
+
 def test_the_manuals_other_data(tmp_path: Path) -> None:
     """1c and 2c: sysctl; 1f: local addresses on the downlink."""
     settings = {}

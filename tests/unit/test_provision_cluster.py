@@ -41,7 +41,14 @@ BAD_OSPF: dict[str, tuple[Change, list[str]]] = {
     ),
     "unknown key of ospf": (
         at("ospf.hello", 3),
-        ["ospf: unknown key hello (known: area, dead_interval, hello_interval, key, reference_bandwidth, stub)"],
+        [
+            "ospf: unknown key hello "
+            "(known: area, dead_interval, dr_priority, hello_interval, key, reference_bandwidth, stub)"
+        ],
+    ),
+    "a priority that OSPF does not have": (
+        at("ospf.dr_priority", 256),
+        ["ospf.dr_priority: 256 is greater than the maximum of 255"],
     ),
     "no services": (at("services", drop=True), ["FOLDER/cluster.yaml: missing key services"]),
     "no directors": (
