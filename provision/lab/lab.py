@@ -244,7 +244,8 @@ class Lab:
         return machine
 
     def new_disk(self, name: str, image: Path) -> None:
-        """Give a machine that is off another image's disk: what it wrote is gone, its seed makes it what it is."""
+        """Give a machine that is off another image's disk: a seed of the cluster file as it is makes it that host."""
+        render.render_cluster(self.file, self.folder / "hosts")
         self.state.images = {**self.state.images, self.node(name).kind: str(image)}
         (self.folder / name / "disk.qcow2").unlink(missing_ok=True)
         self.state.write()

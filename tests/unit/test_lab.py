@@ -17,12 +17,13 @@ from pipeline import run, settings, vm
 from pipeline.errors import BuildError
 from pipeline.store import Store
 from provision import cluster as clusters
+from provision import render
 from provision.lab import lab as labs
-from provision.lab import live, login, machines, picture, report, space, state, topology
+from provision.lab import live, login, machines, picture, report, space, state, topology, variant
 from provision.lab.live import DOWN, STARTING, TROUBLED, UP, Seen
 from provision.lab.space import Space
 from provision.lab.state import Running, State
-from tests.unit.test_lab_topology import EXAMPLES
+from tests.unit.test_lab_topology import EXAMPLES, KEY
 
 ENDED = Running(pid=1, started=1)  # process 1 is there, and has started at another time
 US = Running.of(os.getpid())
@@ -307,6 +308,20 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> labs.Lab:
     made.__dict__["cluster"] = clusters.load(EXAMPLES["ospf"], secrets=False)
     made.__dict__["accelerator"] = vm.Accelerator("tcg", "qemu64", 6.0)
     return made
+
+
+def test_a_new_disk_starts_as_the_cluster_file_is_now(lab: labs.Lab) -> None:
+    variant.write(EXAMPLES["ospf"], lab.file, KEY)
+    render.render_cluster(lab.file, lab.folder / "hosts")
+    (lab.folder / "lvs-1").mkdir()
+    disk, seed = lab.folder / "lvs-1/disk.qcow2", lab.folder / "hosts/lvs-1/seed.iso"
+    disk.write_bytes(b"what it wrote")
+    before = seed.read_bytes()
+    text = lab.file.read_text(encoding="utf-8")
+    lab.file.write_text(text.replace("per_director: 4", "per_director: 5"), encoding="utf-8")
+    lab.new_disk("lvs-1", Path("/images/next.qcow2"))
+    assert not disk.exists() and seed.read_bytes() != before
+    assert lab.state.images["director"] == "/images/next.qcow2"
 
 
 def test_logging_in(lab: labs.Lab) -> None:
