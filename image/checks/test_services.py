@@ -166,6 +166,8 @@ def test_routing_daemons_are_started_restarted_and_stopped(ask: Ask, do: Do) -> 
         do("start", daemon)
     check_routing(ask, "lvsforge-started")
     for daemon in ROUTING:
+        # The others' restart after zebra's goes on when systemctl has returned.
+        settled(ask, f"[ -e /run/frr/{daemon}.pid ]")
         before = ask(f"cat /run/frr/{daemon}.pid")
         do("restart", daemon)
         do("status", daemon)
