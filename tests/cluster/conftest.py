@@ -22,6 +22,7 @@ import yaml
 
 from pipeline import run, settings
 from provision.lab.lab import Lab, down
+from provision.lab.topology import link_local
 from tests.cluster import notes, oracle
 from tests.cluster.notes import Row
 from tests.cluster.traffic import Request, Traffic, summary, traffic
@@ -206,15 +207,6 @@ class Cluster:
             first = max(self.data["directors"], key=lambda each: each["priority"])["name"]
             for name in self.directors:
                 self.holds(name, seconds, master=name == first)
-
-
-def link_local(mac: str) -> str:
-    """The link-local address that a NIC makes of its hardware address (RFC 4291, appendix A)."""
-    parts = [int(part, 16) for part in mac.split(":")]
-    parts[0] ^= 2
-    words = [*parts[:3], 0xFF, 0xFE, *parts[3:]]
-    groups = [f"{words[n] << 8 | words[n + 1]:x}" for n in range(0, 8, 2)]
-    return f"fe80::{':'.join(groups)}"
 
 
 # --- the labs

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -456,15 +457,16 @@ def test_a_flood_leaves_real_traffic_alone(cluster: Cluster) -> None:
 
 
 def _next_image(cluster: Cluster) -> Path:
-    """Another director's image than the lab has: $LVSFORGE_NEXT, or another one in the store."""
+    """Another director's image than the lab has: $LVSFORGE_NEXT, another one in the store, or a copy of its own."""
     if given := os.environ.get("LVSFORGE_NEXT"):
         return settings.TOP / given
     now = Path(cluster.lab.state.images["director"])
     others = [verify.qcow2(result) for result in cluster.lab.store.results("image-director")]
     others = [path for path in others if path.resolve() != now.resolve()]
-    if not others:
-        pytest.skip("the store holds one director's image only; name another one with LVSFORGE_NEXT=FILE")
-    return others[0]
+    if others:
+        return others[0]
+    copy = cluster.lab.folder / f"{now.stem}-copy.qcow2"
+    return Path(shutil.copyfile(now, copy))
 
 
 def drain(cluster: Cluster, name: str) -> None:

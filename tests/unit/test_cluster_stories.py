@@ -14,7 +14,6 @@ import yaml
 
 from provision import cluster as clusters
 from tests.cluster import load, notes, oracle
-from tests.cluster.conftest import link_local
 from tests.cluster.notes import Row
 from tests.cluster.oracle import Holding, Service
 from tests.cluster.traffic import Request, failed, outage, read, summary, under_way
@@ -152,10 +151,6 @@ def test_the_oracle_and_the_renderer_agree_on_local_addresses(mode: str) -> None
 
 def test_nothing_is_not_what_is_wanted() -> None:
     assert len(oracle.wanted(data("ospf"), "lvs-1").differences(Holding())) == 5
-
-
-def test_link_local_addresses() -> None:
-    assert link_local("52:54:00:00:01:00") == "fe80::5054:ff:fe00:100"
 
 
 # --- requests
