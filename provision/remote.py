@@ -58,6 +58,13 @@ class Remote(Protocol):
 Opener = Callable[[Host], contextlib.AbstractContextManager[Remote]]
 
 
+class _AtOnce(io.StringIO):
+    """A text that is read whole: invoke asks for a character at a time, sends it, and rests for 10 ms."""
+
+    def read(self, _size: int | None = -1, /) -> str:
+        return super().read()
+
+
 class Shell:
     """A `Remote` over ssh."""
 
@@ -70,7 +77,7 @@ class Shell:
         try:
             result = self._connection.run(
                 "LC_ALL=C exec /bin/sh -eu",
-                in_stream=io.StringIO(braced(script)),
+                in_stream=_AtOnce(braced(script)),
                 hide=True,
                 warn=True,
                 pty=False,

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from provision import operations as ops
 from provision import render, rollout
 from provision.host import File, Host
 from provision.model import Cluster
-from provision.remote import Answer, Remote, braced
+from provision.remote import Answer, Remote, Shell, braced
 from tests.unit.clusters import OSPF, VRRP
 
 pytestmark = [
@@ -578,3 +580,16 @@ def test_draining_a_real_server_to_its_end(lab: Lab, folder: Path) -> None:
         "systemctl reload-or-restart keepalived",
     ]
     assert "198.51.100.1 80" not in lab.files("lvs-1")["/etc/keepalived/web.conf"][0].decode()
+
+
+def test_a_script_is_sent_at_once() -> None:
+    """However long it is: whoever asks for one character of it gets all of it, and then its end."""
+    script = "echo 1234567890\n" * 1000
+    parts: list[str] = []
+
+    def take(_command: str, *, in_stream: io.StringIO, **_: object) -> SimpleNamespace:
+        parts.extend(iter(lambda: in_stream.read(1), ""))
+        return SimpleNamespace(exited=0, stdout="", stderr="")
+
+    Shell("lvs-1", SimpleNamespace(run=take)).run(script)
+    assert parts == [braced(script)]
