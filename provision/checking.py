@@ -149,7 +149,9 @@ def examine(
         config, report, log = folder / "ssh_config", folder / "report.xml", folder / "log"
         config.write_text(ssh_config(hosts, where.ssh_config), encoding="utf-8")
         argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib"]
-        argv += ["-n", str(min(len(hosts), _MOST_AT_ONCE)), "--dist=loadgroup", f"--ssh-config={config}"]
+        # One host needs no other process than this one.
+        workers = min(len(hosts), _MOST_AT_ONCE) if len(hosts) > 1 else 0
+        argv += ["-n", str(workers), "--dist=loadgroup", f"--ssh-config={config}"]
         argv += [f"--hosts={','.join(f'ssh://{host.name}' for host in hosts)}", f"--junitxml={report}", str(CHECKS)]
         argv += ["-m", expression] if expression else []
         argv += ["-k", k] if k else []

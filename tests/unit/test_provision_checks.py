@@ -6,8 +6,10 @@ The programs' output is as the real ones print it; that the checks reach real ho
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import ipaddress
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline import run
+from pipeline.errors import BuildError
 from provision import checking, ipvs
 from provision import cluster as clusters
 from provision import inventory as inventories
@@ -268,6 +272,36 @@ def test_hellos(cluster: Cluster, director: Director) -> None:
         judge(3)
 
 
+def shell(folder: Path, **programs: str) -> Callable[[str], str]:
+    """An `ask` of this machine's own shell, to which some programs are others."""
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+
+    def ask(command: str) -> str:
+        environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
+        return run.run(["sh", "-c", command], env=environment).stdout.strip()
+
+    return ask
+
+
+@pytest.mark.runs("sh")
+def test_hellos_are_awaited_no_longer_than_needed(cluster: Cluster, director: Director, tmp_path: Path) -> None:
+    """Other lines, and hellos heard twice, end nothing; the last kind does, long before the time is over."""
+    first, *others, last = HELLOS.splitlines()
+    noise = "05:00 IP 192.0.2.1 > 224.0.0.5: OSPFv2, LS-Update, length 64"
+    lines = [first, noise, first, *others, *others, last]
+    said = "\n".join(f"echo '{line}'" for line in lines)
+    (tmp_path / "late").touch()
+    spoken = f"{said}\nfor n in $(seq 50); do echo '{noise}'; echo >>{tmp_path}/late; sleep 0.1; done"
+    ask = shell(tmp_path, tcpdump=spoken, timeout='shift; exec "$@"', ip=f"echo '{LINK}'")
+    high.test_ospf_says_and_hears_hellos(ask, director, cluster)
+    assert len((tmp_path / "late").read_text()) < 10
+    only = shell(tmp_path, tcpdump="\n".join(f"echo '{line}'" for line in [first, noise, *others]))
+    with complaint("no hello of a neighbour on eth0 in 8 s (OSPFv3)"):
+        high.test_ospf_says_and_hears_hellos(only, director, cluster)
+
+
 def test_neighbours() -> None:
     def judge(text: str) -> None:
         high.test_ospf_neighbours_are_full(asker(vtysh=text))
@@ -349,21 +383,36 @@ def test_log(line: str) -> None:
 
 
 def test_units(cluster: Cluster) -> None:
-    high.test_services_of_the_host_run(asker(systemctl="active"), cluster)
-    for unit in ("keepalived", "zebra", "ospfd", "ospf6d"):
+    units = ("keepalived", "zebra", "ospfd", "ospf6d")
+    high.test_services_of_the_host_run(asker(systemctl="active\n" * len(units)), cluster)
+    for unit in units:
+        states = ["failed" if each == unit else "active" for each in units]
         with complaint(f"'{unit}': 'failed'"):
-            high.test_services_of_the_host_run(asker(**{unit: "failed", "systemctl": "active"}), cluster)
+            high.test_services_of_the_host_run(asker(systemctl="\n".join(states)), cluster)
 
 
 def test_kernel_settings(cluster: Cluster) -> None:
-    answers = {"arp_ignore": "1", "arp_announce": "2", "netdev_max_backlog": "500000"}
+    conf, backlog = "net.ipv4.conf.all", "net.core.netdev_max_backlog"
+    answers = {f"{conf}.arp_ignore": "1", f"{conf}.arp_announce": "2", backlog: "500000"}
 
     def settings(**changes: str) -> Callable[[str], str]:
-        return lambda command: {**answers, **changes}[command.split(".")[-1]]
+        return lambda _: "\n".join(f"{key}={value}" for key, value in {**answers, **changes}.items())
 
     high.test_kernel_settings_are_in_force(cluster.directors[0], settings())
     with complaint("net.core.netdev_max_backlog is 1000, not 500000"):
-        high.test_kernel_settings_are_in_force(cluster.directors[0], settings(netdev_max_backlog="1000"))
+        high.test_kernel_settings_are_in_force(cluster.directors[0], settings(**{backlog: "1000"}))
+
+
+@pytest.mark.runs("sh")
+def test_kernel_settings_are_read(cluster: Cluster, tmp_path: Path) -> None:
+    """A value with tabs and stars in it, and a key that the kernel does not have."""
+    host = dataclasses.replace(cluster.directors[0], sysctl={"kernel.odd": "1 * 3"})
+    usual = "*ignore) echo 1 ;; *announce) echo 2 ;; *backlog) echo 500000 ;;"
+    known = f"case $2 in *odd) printf '1\\t*\\n3\\n' ;; {usual} *) exit 1 ;; esac"
+    high.test_kernel_settings_are_in_force(host, shell(tmp_path, sysctl=known))
+    strange = dataclasses.replace(host, sysctl={"kernel.none": "1"})
+    with pytest.raises(BuildError, match="exit"):
+        high.test_kernel_settings_are_in_force(strange, shell(tmp_path))
 
 
 def test_interrupts(director: Director) -> None:
