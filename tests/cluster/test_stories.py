@@ -325,11 +325,12 @@ def _recovers(
     mend: Callable[[str], None] = lambda _: None,
     *,
     within: float = 0.0,
+    pause: float = 0.05,
 ) -> None:
     """New connections work again within a time, and go on to do so until all is whole."""
     name = _victim(cluster)
     limit = within or takeover_seconds(cluster)
-    with cluster.traffic() as clients:
+    with cluster.traffic(pause=pause) as clients:
         begun = time.monotonic()
         try:
             break_it(name)
@@ -391,6 +392,8 @@ def test_a_director_loses_power(cluster: Cluster) -> None:
         "power cut",
         cluster.lab.kill,
         lambda name: machines.settle(cluster.lab.start_machine(name)),
+        # It boots beside them.
+        pause=0.2,
     )
 
 
