@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -52,7 +53,7 @@ def _below(topology: Topology, nodes: Sequence[Node], drawn: set[str]) -> list[L
 # --- SVG
 
 _WIDTH, _GAP, _LINE, _PAD = 300, 24, 15, 10
-_CHARACTERS = 42  # of 6.6 units each
+_CHARACTERS, _CHARACTER = 42, 6.6
 _LINK = 44  # from the row above a link to the one below it
 
 
@@ -107,7 +108,11 @@ def svg(topology: Topology, seen: Mapping[str, Seen], title: str) -> str:
 
 def _box_lines(topology: Topology, node: Node, seen: Seen) -> list[str]:
     plugs = [f"{plug.nic}: {address}" for _, plug in topology.plugs(node.name) for address in plug.addresses]
-    return [f"{_SIGNS[seen.state]} {node.name}  {seen.state}", *plugs, *seen.facts]
+    return [
+        part
+        for line in (f"{_SIGNS[seen.state]} {node.name}  {seen.state}", *plugs, *seen.facts)
+        for part in textwrap.wrap(line, _CHARACTERS, subsequent_indent="    ", break_on_hyphens=False)
+    ]
 
 
 def _box(x: float, y: float, height: float, node: Node, seen: Seen, lines: Sequence[str]) -> list[str]:
@@ -118,8 +123,9 @@ def _box(x: float, y: float, height: float, node: Node, seen: Seen, lines: Seque
     ]
     for number, line in enumerate(lines):
         bold = f' font-weight="bold" fill="{colour}"' if number == 0 else ""
-        shown = line if len(line) <= _CHARACTERS else line[: _CHARACTERS - 1] + "…"
-        out.append(f'<text x="{x + _PAD:g}" y="{y + _PAD + (number + 0.8) * _LINE:g}"{bold}>{escape(shown)}</text>')
+        words = line.lstrip()
+        at = x + _PAD + (len(line) - len(words)) * _CHARACTER
+        out.append(f'<text x="{at:g}" y="{y + _PAD + (number + 0.8) * _LINE:g}"{bold}>{escape(words)}</text>')
     return [*out, "</g>"]
 
 
@@ -134,5 +140,7 @@ def _cable(box: tuple[float, float, float], bar: float, seen: Seen, nic: str) ->
 def _bar(link: Link, y: float, width: float) -> list[str]:
     return [
         f'<path d="M{_GAP} {y:g}H{width - _GAP:g}" stroke="#1f4e79" stroke-width="4"/>',
-        f'<text x="{_GAP}" y="{y - 6:g}" fill="#1f4e79">{escape(_title(link))}</text>',
+        # With a white edge: cables end beside the words, not in them.
+        f'<text x="{_GAP}" y="{y - 6:g}" fill="#1f4e79" stroke="#ffffff" stroke-width="4" paint-order="stroke">'
+        f"{escape(_title(link))}</text>",
     ]

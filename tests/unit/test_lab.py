@@ -473,7 +473,7 @@ def test_who_does_not_run_is_not_asked(lab: labs.Lab, monkeypatch: pytest.Monkey
 # --- the picture
 
 SEEN = {
-    "lvs-1": Seen(UP, ("VIPs: 203.0.113.1",)),
+    "lvs-1": Seen(UP, ("VIPs: 203.0.113.1", "TCP [2001:db8:ffff::1]:80: 2 of 2 real servers, 12 connections")),
     "lvs-2": Seen(TROUBLED, ("eth1 has no carrier",), ("eth1",)),
     "rs-1": Seen(DOWN, ("does not run",)),
 }
@@ -510,6 +510,10 @@ def test_the_picture_as_svg(example: Path) -> None:
     assert names == {node.name for node in built.nodes}
     words = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert words[0] == "a <b> & c"
+    # What is longer than a box is wide goes on below, and none of it is lost.
+    said = " ".join(words).split()
+    assert "connections" in said or "lvs-1" not in names
+    assert all(len(word) <= 42 for word in words if not word.startswith(tuple(link.name for link in built.links)))
     for link in built.links:
         assert any(word.startswith(f"{link.name}  ") for word in words), link.name
     # Every interface has its cable, and those that are cut, or of a machine that is down, are dashed.
