@@ -10,7 +10,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from invoke.tasks import task
+from invoke.exceptions import ParseError
+from invoke.parser.argument import Argument
+from invoke.tasks import Task, task
 
 from pipeline import progress, settings
 from pipeline.errors import BuildError
@@ -26,6 +28,27 @@ _ALWAYS: dict[str, tuple[Any, str]] = {
     "debug": (False, "show every command, and a traceback where something fails"),
     "progress_form": ("auto", "auto, plain or json (one JSON object a line)"),
 }
+
+
+class _Argument(Argument):
+    """One whose value may be no number: invoke itself shows a traceback then."""
+
+    def set_value(self, value: Any, cast: bool = True) -> None:
+        try:
+            super().set_value(value, cast)
+        except ValueError:
+            raise ParseError(
+                f"--{self.name} takes a whole number, not {value!r}\n  → the same command with another value"
+            ) from None
+
+
+class _Task(Task[Any]):
+    def get_arguments(self, ignore_unknown_help: bool | None = None) -> list[Argument]:
+        """As invoke's own, with a clear error for what is no number."""
+        found = super().get_arguments(ignore_unknown_help)
+        for argument in found:
+            argument.__class__ = _Argument
+        return found
 
 
 def command(*flags: str, help: dict[str, str] | None = None, **options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -62,7 +85,7 @@ def command(*flags: str, help: dict[str, str] | None = None, **options: Any) -> 
             parameters=[*signature.parameters.values(), *extra]
         )
         texts = {name: text for name, (_, text) in shared.items()}
-        return task(help={**(help or {}), **texts}, auto_shortflags=False, **options)(wrapped)
+        return task(klass=_Task, help={**(help or {}), **texts}, auto_shortflags=False, **options)(wrapped)
 
     return decorate
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from invoke.collection import Collection
+from invoke.program import Program
 
 from pipeline import progress, settings
 from pipeline.cli import FLAGS, boundary, command, fail
@@ -132,6 +134,24 @@ def test_a_task_takes_its_flags_and_the_common_ones() -> None:
     assert [argument.name for argument in arguments] == ["role", "offline", "keep", "debug", "progress_form"]
     assert all(argument.help for argument in arguments)
     assert inspect.getdoc(task) == "Bake."
+
+
+def test_a_number_that_is_none_is_said_and_nothing_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[int] = []
+
+    @command()
+    def measure(_c: Any, rounds: int = 3) -> None:
+        """Measure."""
+        calls.append(rounds)
+
+    program = Program(namespace=Collection(measure))
+    program.run(["invoke", "measure", "--rounds", "7"], exit=False)
+    assert calls == [7]
+    with pytest.raises(SystemExit) as caught:
+        program.run(["invoke", "measure", "--rounds", "many"])
+    said = capsys.readouterr().err
+    assert caught.value.code == 1 and said.splitlines()[0] == "--rounds takes a whole number, not 'many'"
+    assert "  → " in said and calls == [7]
 
 
 def test_flags_reach_the_settings_and_not_the_function(
