@@ -228,7 +228,7 @@ def change(remote: Remote, plan: Plan, gate: Gate, drain: float) -> None:
     remote.run(_keep(paths, plan.areas, back, int(drain) + _GRACE), what="keeping the old files")
     try:
         remote.run(_install([file.path for file in plan.files], [c.path for c in plan.changes if c.new is None]))
-        before = [f"ip address replace {address} dev {device}" for address, device in added]
+        before = [_addition(address, device) for address, device in added]
         first = [area for area in plan.areas if area in ("network", "sysctl", "keepalived")]
         vips = rebinding([(c.old, c.new) for c in plan.keepalived])
         remote.run("\n".join([*before, *(_ACT[area] for area in first), *vips]), what=f"changing {' '.join(first)}")
@@ -292,6 +292,11 @@ def local_addresses(plan: Plan) -> tuple[list[tuple[str, str]], list[tuple[str, 
         found.append({f"{word}/{128 if ':' in word else 32}": device for word in words})
     old, new = found
     return [(a, d) for a, d in old.items() if new.get(a) != d], [(a, d) for a, d in new.items() if old.get(a) != d]
+
+
+def _addition(address: str, device: str) -> str:
+    """As rc.local does it: the host itself never speaks from an IPv6 one."""
+    return f"ip address replace {address} dev {device}{' preferred_lft 0' if ':' in address else ''}"
 
 
 # What a service's quorum_up does; keepalived runs it when the quorum comes, and not when a reload changes the script.

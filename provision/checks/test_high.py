@@ -93,6 +93,20 @@ def vips_everywhere(director: Director, hosts: set[str]) -> set[str]:
     return hosts if director.mode == "vrrp" else set()
 
 
+@pytest.mark.role("director")
+def test_health_checks_come_from_no_local_address(ask: Ask, services: tuple[Service, ...], director: Director) -> None:
+    """Their ports are connections': an answer to the one would reach the client of the other."""
+    targets = sorted({str(each.address) for service in services for each in service.real_servers})
+    if not targets:
+        pytest.skip("no service has a real server")
+    lines = ask(f"printf 'route get %s\\n' {' '.join(targets)} | ip -j -batch -").splitlines()
+    sources = {route["dst"]: route.get("prefsrc") for line in lines for route in parsed(line)}
+    local = {str(address) for address in director.all_local_addresses}
+    wrong = [f"{target} is asked from {source}" for target, source in sources.items() if source in local]
+    assert not wrong, "; ".join(wrong)
+    assert len(sources) == len(targets), f"no route to {', '.join(set(targets) - sources.keys())}"
+
+
 # --- 命令 ipvsadm -ln: services, real servers, weights, traffic
 
 

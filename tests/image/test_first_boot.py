@@ -177,6 +177,12 @@ BREAKS = [
             "ip address replace 10.64.0.2/32 dev eth2",
         ),
         Break(
+            "health checks come from no local address",
+            r"2001:db8:64::1:1 is asked from 2001:db8:64::2",
+            "ip address change 2001:db8:64::2/128 dev eth2 preferred_lft forever",
+            "ip address change 2001:db8:64::2/128 dev eth2 preferred_lft 0",
+        ),
+        Break(
             "services are in the kernel",
             f"TCP {re.escape(SHOP)}: scheduler wlc",
             f"ipvsadm -E -t {SHOP} -s wlc",

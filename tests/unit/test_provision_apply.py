@@ -199,7 +199,7 @@ def test_a_new_host_then_nothing_to_do(lab: Lab, folder: Path) -> None:
     calls = lab.calls("lvs-1")
     local = [f"{a}/{a.max_prefixlen}" for a in cluster.directors[0].all_local_addresses]
     assert acts(calls) == [
-        *(f"ip address replace {address} dev eth1" for address in local),
+        *(f"ip address replace {each} dev eth1{' preferred_lft 0' if ':' in each else ''}" for each in local),
         "systemd-sysctl ",
         "systemctl reload-or-restart keepalived",
         "systemctl restart rc-local",

@@ -356,6 +356,7 @@ def test_the_image_understands_host_conf(path: Path, tmp_path: Path) -> None:
         added = [line.split() for line in log if line.startswith("ip address replace ")]
         assert [words[3].split("/")[0] for words in added] == list(map(str, host.all_local_addresses))
         assert {words[5] for words in added} <= {host.downlink}
+        assert all(words[6:] == (["preferred_lft", "0"] if ":" in words[3] else []) for words in added)
         assert [line for line in log if line.startswith("set_irq_affinity")] == [
             f"set_irq_affinity --{host.irq_cpus or 'local-node'} "
             + " ".join(dict.fromkeys([host.uplink, host.downlink]))

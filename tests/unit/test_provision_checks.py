@@ -184,6 +184,23 @@ def test_local_addresses(director: Director) -> None:
         high.test_local_addresses_are_on_the_downlink(places(eth1={*OWN, *LOCALS, "192.168.100.9/32"}), director)
 
 
+def test_sources_of_health_checks(cluster: Cluster, director: Director) -> None:
+    services = cluster.services_of(director)
+    sources = {str(each.address): "192.168.100.201" for service in services for each in service.real_servers}
+    six = next(target for target in sources if ":" in target)
+    sources[six] = "2001:db8:64::201"
+
+    def judge(sources: dict[str, str]) -> None:
+        lines = [json.dumps([{"dst": target, "prefsrc": source}]) for target, source in sources.items()]
+        high.test_health_checks_come_from_no_local_address(asker(ip="\n".join(lines)), services, director)
+
+    judge(sources)
+    with complaint(f"{six} is asked from 2001:db8:64::2"):
+        judge({**sources, six: "2001:db8:64::2"})
+    with complaint(f"no route to {six}"):
+        judge({target: source for target, source in sources.items() if target != six})
+
+
 def test_services(cluster: Cluster) -> None:
     def judge(text: str) -> None:
         high.test_services_are_in_the_kernel(ipvs.read(text, ""), cluster.services)
