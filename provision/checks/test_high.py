@@ -208,10 +208,14 @@ def test_keepalived_has_its_processes(ask: Ask, cluster: Cluster, services: tupl
 
 # The lines of hellos, until all kinds that are wanted were heard: only what is amiss takes the whole time.
 _HELLOS = """
-command -v tcpdump >/dev/null || exit
 left=' {wanted} '
-timeout {seconds} tcpdump -i {nic} -nn -l proto 89 2>/dev/null | while read -r line; do
-    case $line in *": OSPFv"?", Hello,"*) echo "$line" ;; *) continue ;; esac
+{{ timeout {seconds} tcpdump -i {nic} -nn -l proto 89; echo "status $?"; }} | while read -r line; do
+    case $line in
+        *": OSPFv"?", Hello,"*) echo "$line" ;;
+        "status 124") break ;;
+        "status "*) exit 1 ;;
+        *) continue ;;
+    esac
     sender=${{line%% >*}}
     case ' {own} ' in *" ${{sender##* }} "*) who=own ;; *) who=other ;; esac
     kind=${{line#*: OSPFv}}
@@ -219,7 +223,6 @@ timeout {seconds} tcpdump -i {nic} -nn -l proto 89 2>/dev/null | while read -r l
     case $left in *" $kind "*) left="${{left%%" $kind "*}} ${{left#*" $kind "}}" ;; esac
     case $left in *[!\\ ]*) ;; *) break ;; esac
 done
-:
 """
 
 

@@ -314,9 +314,15 @@ def test_hellos_are_awaited_no_longer_than_needed(cluster: Cluster, director: Di
     ask = shell(tmp_path, tcpdump=spoken, timeout='shift; exec "$@"', ip=f"echo '{LINK}'")
     high.test_ospf_says_and_hears_hellos(ask, director, cluster)
     assert len((tmp_path / "late").read_text()) < 10
-    only = shell(tmp_path, tcpdump="\n".join(f"echo '{line}'" for line in [first, noise, *others]))
+    over = "exit 124"  # timeout's own status
+    only = shell(tmp_path, tcpdump="\n".join([*(f"echo '{line}'" for line in [first, noise, *others]), over]))
     with complaint("no hello of a neighbour on eth0 in 8 s (OSPFv3)"):
         high.test_ospf_says_and_hears_hellos(only, director, cluster)
+    with pytest.raises(BuildError) as caught:
+        high.test_ospf_says_and_hears_hellos(
+            shell(tmp_path, tcpdump="echo 'eth0: no such device' >&2; exit 1"), director, cluster
+        )
+    assert "eth0: no such device" in str(caught.value)
 
 
 def test_neighbours() -> None:
