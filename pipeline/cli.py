@@ -37,8 +37,9 @@ class _Argument(Argument):
         try:
             super().set_value(value, cast)
         except ValueError:
+            option = str(self.name).replace("_", "-")
             raise ParseError(
-                f"--{self.name} takes a whole number, not {value!r}\n  → the same command with another value"
+                f"--{option} takes a whole number, not {value!r}\n  → the same command with another value"
             ) from None
 
 

@@ -140,17 +140,17 @@ def test_a_number_that_is_none_is_said_and_nothing_runs(capsys: pytest.CaptureFi
     calls: list[int] = []
 
     @command()
-    def measure(_c: Any, rounds: int = 3) -> None:
+    def measure(_c: Any, most_rounds: int = 3) -> None:
         """Measure."""
-        calls.append(rounds)
+        calls.append(most_rounds)
 
     program = Program(namespace=Collection(measure))
-    program.run(["invoke", "measure", "--rounds", "7"], exit=False)
+    program.run(["invoke", "measure", "--most-rounds", "7"], exit=False)
     assert calls == [7]
     with pytest.raises(SystemExit) as caught:
-        program.run(["invoke", "measure", "--rounds", "many"])
+        program.run(["invoke", "measure", "--most-rounds", "many"])
     said = capsys.readouterr().err
-    assert caught.value.code == 1 and said.splitlines()[0] == "--rounds takes a whole number, not 'many'"
+    assert caught.value.code == 1 and said.splitlines()[0] == "--most-rounds takes a whole number, not 'many'"
     assert "  → " in said and calls == [7]
 
 
