@@ -65,7 +65,7 @@ def test_the_router_runs_what_it_is_told(lab: Lab) -> None:
     interface = lab.ask("router", "vtysh -d ospfd -c 'show ip ospf interface uplink'")
     assert "Hello 3s, Dead 12s" in interface
     # On the cable, and by the key's number: the area's own authentication is not in the line of an interface.
-    hello = lab.ask("switch", "timeout 20 tcpdump -i uplink -c 1 -nnvv proto 89 2>/dev/null")
+    hello = lab.ask("switch", "timeout 20 tcpdump -i uplink -c 1 -nnvv ip proto 89 2>/dev/null")
     assert "Authentication Type: MD5 (2)" in hello and "Key-ID: 8" in hello, hello
     # What it does not know it says, and goes on: nothing is to be among that.
     assert "on config line" not in lab.ask("router", "cat /run/frr/log")
