@@ -15,6 +15,7 @@ DIRECTOR = {
     "net.ipv4.conf.all.send_redirects": "0",
     "net.ipv4.conf.default.send_redirects": "0",
     "net.ipv4.conf.all.rp_filter": "2",
+    "net.ipv4.vs.expire_nodest_conn": "1",
 }
 REALSERVER = {
     "net.ipv4.conf.all.arp_ignore": "1",
