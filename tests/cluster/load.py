@@ -26,10 +26,15 @@ def ask(address: str, port: int, timeout: float) -> str:
     """One page by HTTP/1.0; returns its body."""
     end = time.monotonic() + timeout
     with socket.create_connection((address, port), timeout=timeout) as link:
-        link.sendall(f"GET /index.html HTTP/1.0\r\nHost: {address}\r\n\r\n".encode())
-        data = b""
-        while part := _received(link, end):
-            data += part
+        return page(link, address, end)
+
+
+def page(link: socket.socket, host: str, end: float) -> str:
+    """One page by a connection that stands, until a moment; returns its body."""
+    link.sendall(f"GET /index.html HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+    data = b""
+    while part := _received(link, end):
+        data += part
     head, _, body = data.partition(b"\r\n\r\n")
     status = head.split(b" ", 2)[1:2]
     if status != [b"200"]:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from provision import cluster as clusters
-from tests.cluster import load, notes, oracle
+from tests.cluster import again, load, notes, oracle
 from tests.cluster.notes import Row
 from tests.cluster.oracle import Holding, Service
 from tests.cluster.traffic import Request, failed, outage, read, summary, under_way
@@ -229,6 +229,22 @@ def test_a_request(answer: bytes, said: str) -> None:
 def test_a_server_that_says_nothing_takes_no_longer_than_a_client_waits() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(TimeoutError):
         load.ask("127.0.0.1", listener.getsockname()[1], 0.2)
+
+
+@pytest.mark.network_local
+def test_a_port_can_be_taken_again_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        first = again.ask("127.0.0.1", "127.0.0.1", port, 0, 0.1)
+        assert first["error"] == "TimeoutError: timed out"
+        then = again.ask("127.0.0.1", "127.0.0.1", port, int(str(first["source"])), 0.1)
+        assert then == first
+        seen = []
+        for _ in range(2):
+            link, peer = listener.accept()
+            link.close()
+            seen.append(peer[1])
+    assert seen == [first["source"], first["source"]]
 
 
 @pytest.mark.network_local
