@@ -9,12 +9,15 @@ from provision.model import Cluster, Ospf
 
 _BACKBONE = "0.0.0.0"  # noqa: S104  OSPF's area, no address
 DAEMONS = ("zebra", "ospfd", "ospf6d")
-# Each connection takes its own way, by addresses and ports, as the router of a balancers' cluster is told to.
+# Each connection takes its own way, by addresses, protocol and ports (the kernel's fields 1, 2, 4, 16 and 32), as the
+# router of a balancers' cluster is told to. Policy 1 is the same on the wire only: from a client on this machine it
+# takes the socket's hash instead, which is another one for each SYN that is sent again, so that lost ones would find a
+# way that no client on a cable has.
 SYSCTL = (
     "net.ipv4.ip_forward=1",
     "net.ipv6.conf.all.forwarding=1",
-    "net.ipv4.fib_multipath_hash_policy=1",
-    "net.ipv6.fib_multipath_hash_policy=1",
+    *(f"net.ipv{version}.fib_multipath_hash_policy=3" for version in (4, 6)),
+    *(f"net.ipv{version}.fib_multipath_hash_fields=55" for version in (4, 6)),
 )
 
 
