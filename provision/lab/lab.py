@@ -263,8 +263,21 @@ class Lab:
     # --- what may happen
 
     def kill(self, name: str) -> None:
-        """Pull a node's plug, as a power cut does: nothing is told to anybody."""
+        """Pull a node's plug, as a power cut does: nothing is told to anybody.
+
+        A network namespace answers for a moment after its last process has ended: until its cables are gone.
+        """
         self.state.end(name)
+        if self.node(name).is_machine:
+            return
+        for link, plug in self.topology.plugs(name):
+            port = self.port(link, plug)
+            run.wait_until(
+                lambda port=port: self.try_to(SWITCH, f"ip link show {port}").returncode != 0,  # type: ignore[misc]
+                deadline=self.seconds(5),
+                what=f"{name}: {port} is gone",
+                hint="invoke lab-ssh switch -- ip link",
+            )
 
     def shut_down(self, name: str) -> None:
         """Shut a machine down in order."""
