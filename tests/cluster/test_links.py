@@ -56,8 +56,8 @@ def test_clients_reach_the_router_and_each_other(lab: Lab) -> None:
 
 def test_the_router_runs_what_it_is_told(lab: Lab) -> None:
     assert lab.ask("router", "cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding") == "1\n1"
-    hash_of = "cat /proc/sys/net/ipv[46]/fib_multipath_hash_policy /proc/sys/net/ipv[46]/fib_multipath_hash_fields"
-    assert lab.ask("router", hash_of).split() == ["3", "3", "55", "55"]
+    ways = "cat /proc/sys/net/ipv[46]/fib_multipath_hash_policy /proc/sys/net/ipv[46]/fib_multipath_hash_fields"
+    assert lab.ask("router", ways).split() == ["3", "3", "55", "55"]
     if lab.cluster.mode == "vrrp":
         assert lab.ask("router", "ip -o route get 203.0.113.1").startswith("203.0.113.1 dev uplink ")
         assert lab.ask("router", "pidof zebra ospfd || echo none") == "none"
