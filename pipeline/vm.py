@@ -27,6 +27,11 @@ QEMU = "qemu-system-x86_64"
 # Every deadline in this project is written for KVM and multiplied for TCG. Measured on two idle cores: ssh after 20 to
 # 30 s under TCG where KVM needs about 5; a loaded machine doubles that.
 _TCG_SCALE = 6.0
+# qemu64 boots about 15 % faster than max (udev loads fewer modules), and Debian is built for it. Without cmpxchg16b:
+# QEMU before 8.0 computes its flags from an operation before the last one, and can leave half of an operand as EFLAGS.
+# Linux allocates memory with that instruction where CPUID names it; interrupted right then, it ran on with the
+# direction or the trap flag set, and panicked, once in some hours of four machines. What Linux does instead is right.
+_TCG_CPU = "qemu64,-cx16"
 _CONSOLE_TAIL = 30
 _BANNER = b"SSH-"
 # Where Debian, Fedora and Arch keep the firmware: code, and the empty variable store that goes with it.
@@ -77,8 +82,7 @@ class Accelerator:
 
     Attributes:
         name: `kvm` or `tcg`; what Packer calls them too.
-        cpu: the model for `-cpu`. Under TCG qemu64 boots about 15 % faster than max (udev loads fewer modules), and
-            Debian is built for it.
+        cpu: the model for `-cpu`.
         scale: what to multiply a deadline with.
         why: why not KVM, or "".
         translated: MiB of translated code that TCG keeps for a guest, beside the guest's own memory.
@@ -105,9 +109,9 @@ class Accelerator:
         Raises:
             BuildError: no guest runs at all; it says what each attempt answered.
         """
-        note = cache / f"accelerator-{_boot_id()}.json" if cache else None
+        note = cache / f"accelerator-of-boot-{_boot_id()}.json" if cache else None
         if note and note.exists():
-            return Accelerator(**json.loads(note.read_text(encoding="utf-8")))
+            return Accelerator._of(**json.loads(note.read_text(encoding="utf-8")))
         run.require(QEMU, "to run virtual machines", "qemu-system-x86")
         refused: list[str] = []
         answer: Accelerator | None = None
@@ -116,24 +120,29 @@ class Accelerator:
         elif not os.access("/dev/kvm", os.R_OK | os.W_OK):
             refused.append("kvm: /dev/kvm may not be opened by this user (group kvm?)")
         elif not (problem := _try("kvm", "host")):
-            answer = Accelerator("kvm", "host", 1.0)
+            answer = Accelerator._of("kvm")
         else:
             refused.append(f"kvm: {problem}")
         if answer is None:
-            if problem := _try("tcg", "qemu64"):
+            if problem := _try("tcg", _TCG_CPU):
                 raise BuildError(
                     "no virtual machine runs here: neither kvm nor tcg executed the probe guest",
                     "invoke doctor   (qemu-system-x86 from Debian has tcg; check that it is the one in PATH)",
                     [*refused, f"tcg: {problem}"],
                 )
-            answer = Accelerator("tcg", "qemu64", _TCG_SCALE, refused[0])
+            answer = Accelerator._of("tcg", refused[0])
             progress.note(f"machines are emulated, about 5 to 10 times slower: {answer.why}")
         if note:
             note.parent.mkdir(parents=True, exist_ok=True)
             beside = note.with_suffix(f".{os.getpid()}")
-            beside.write_text(json.dumps(answer.__dict__), encoding="utf-8")
+            # Only what was found out: the rest is this program's, whichever version of it reads this.
+            beside.write_text(json.dumps({"name": answer.name, "why": answer.why}), encoding="utf-8")
             beside.rename(note)
         return answer
+
+    @staticmethod
+    def _of(name: str, why: str = "") -> Accelerator:
+        return Accelerator(name, "host", 1.0) if name == "kvm" else Accelerator(name, _TCG_CPU, _TCG_SCALE, why)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def test_probe_on_this_machine(tmp_path: Path) -> None:
     assert found.name in ("kvm", "tcg")
     assert found.name == "kvm" or found.why
     (note,) = tmp_path.iterdir()
-    assert json.loads(note.read_text())["name"] == found.name
+    assert json.loads(note.read_text()) == {"name": found.name, "why": found.why}
 
 
 @pytest.mark.build
@@ -110,6 +110,37 @@ def test_a_guest_that_never_answers_is_not_believed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(vm, "_PROBE_SECTOR", halted)
     monkeypatch.setattr(vm, "PROBE_DEADLINE", 0.5)
     assert "did not finish within 3 s" in vm._try("tcg", "qemu64")
+
+
+# A boot sector as vm._PROBE_SECTOR, up to its 64-bit code:
+#
+#   long: mov $0x7000,%esp; mov $1,%eax; cpuid; bt $13,%ecx; jnc 1f  # no cmpxchg16b: nothing to fear
+#         push $2; popfq                                       # flags as they are, at the end of a translated block
+#         mov $0x4ca4e606,%ecx; mov $0,%eax; jmp 2f
+#   2:    add %ecx,%eax; lock cmpxchg16b 0x4000                # flags of an addition, none of them changed but Z
+#         pushfq; pop %rax; shr $16,%eax; jnz 3f               # no processor has a flag up there that is set now
+#   1:    mov $0x2a,%al; jmp 4f
+#   3:    mov $0x2b,%al
+#   4:    out %al,$0xf4; 5: hlt; jmp 5b
+_FLAGS_SECTOR = (
+    bytes.fromhex(
+        "fa31c08ed88ec0bf0010b90018f3ab66c70600100320000066c70600200330000066c70600308300000066b800100000"
+        "0f22d80f20e00c200f22e066b9800000c00f3280cc010f300f20c0660d010000800f22c0660f0116b07cea5f7c0800bc"
+        "00700000b8010000000fa20fbae10d73226a029db906e6a44cb800000000eb0001c8f0480fc70c25004000009c58c1e8"
+        "107504b02aeb02b02be6f4f4ebfd6690000000000000000000000000009a20000f00a07c0000"
+    ).ljust(510, b"\0")
+    + b"\x55\xaa"
+)
+
+
+@pytest.mark.build
+def test_no_guest_meets_the_flags_that_qemu_gets_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vm, "_PROBE_SECTOR", _FLAGS_SECTOR)
+    assert vm._try("tcg", vm._TCG_CPU) == ""
+    # The guest does find out: without the option, QEMU 7.2 fails it and whichever is newer than 8.0 does not.
+    text = run.run([vm.QEMU, "--version"]).stdout
+    major = int(text.split("version ")[1].split(".")[0])
+    assert ("status 87" in vm._try("tcg", "qemu64")) == (major < 8)
 
 
 # --- the command line
