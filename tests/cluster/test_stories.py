@@ -519,8 +519,8 @@ def drain(cluster: Cluster, name: str) -> None:
         # Its VIPs cost more from there: nobody has to find a new neighbour, as when its daemons end.
         for daemon, word in (("ospfd", "ip ospf"), ("ospf6d", "ipv6 ospf6")):
             lab.ask(name, f"vtysh -d {daemon} -c 'configure terminal' -c 'interface lo' -c '{word} cost 65535'")
-        for vip, _ in cluster.targets():
-            cluster.routed(vip, set(cluster.directors) - {name}, takeover_seconds(cluster) + slack(cluster))
+        end = time.monotonic() + takeover_seconds(cluster) + slack(cluster)
+        _routed(cluster, [vip for vip, _ in cluster.targets()], set(cluster.directors) - {name}, end)
     else:
         lab.ask(name, "systemctl stop keepalived")
     lab.until(name, "! ipvsadm -Lnc 2>/dev/null | grep -q ESTABLISHED", "its connections have ended")
