@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from pipeline import progress, run
 from pipeline.errors import BuildError
-from provision import secret
+from provision import ipvs, secret
 from provision.host import File, Host
 from provision.model import Cluster, Director
 from provision.remote import Opener, Remote
@@ -28,7 +28,8 @@ STATE = "/var/lib/lvs/apply"  # on the host: the new files, the old ones, and ho
 _UNIT = "lvs-rollback"
 _GRACE = 600  # seconds beyond what a change may take, after which a host goes back by itself
 ROUTING = ("zebra", "ospfd", "ospf6d")
-Gate = Callable[[Sequence[Host]], None]
+# Takes a host that was changed, and the real servers that were down before that; raises where the host is not well.
+Gate = Callable[[Host, frozenset[str]], None]
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,7 @@ def change(remote: Remote, plan: Plan, gate: Gate, drain: float) -> None:
     """
     paths = [change.path for change in plan.changes]
     gone, added = local_addresses(plan)
+    away = down(remote, plan)
     remote.run(f"umask 077; mkdir -p {STATE}; chmod 711 {STATE}", what="making room")
     remote.put(pack(plan.files), f"{STATE}/new.tar")
     remote.run(_UNPACK, what="the new files' own checkers")
@@ -236,7 +238,7 @@ def change(remote: Remote, plan: Plan, gate: Gate, drain: float) -> None:
             drained(remote, [address.split("/")[0] for address, _ in gone], drain)
         rest = [area for area in plan.areas if area not in first]
         remote.run("\n".join(_ACT[area] for area in rest), what=f"changing {' '.join(rest)}")
-        gate([plan.host])
+        gate(plan.host, away)
     except BuildError as error:
         raise BuildError(error.message, error.hint, [*error.details, *_back(remote)]) from error
     except BaseException:
@@ -245,6 +247,32 @@ def change(remote: Remote, plan: Plan, gate: Gate, drain: float) -> None:
     remote.run(_DONE, what="ending the change")
     if left := unsaid(plan):
         progress.note(f"{remote.name}: no file says {', '.join(left)} any more: as they are until it boots again")
+
+
+# A real server in keepalived's files, with its weight.
+_REAL_SERVER = re.compile(r"^ *real_server (\S+) (\d+) \{\n *weight (\d+)", re.M)
+
+
+def down(remote: Remote, plan: Plan) -> frozenset[str]:
+    """The real servers that keepalived has taken out, as `10.0.0.1:80`: no change is to blame for them.
+
+    They are in the old files with a weight, and in no service of the kernel with one. Where they were dead before an
+    operation, they must not stop it: it may be the one that replaces them.
+    """
+    changed = {change.path: change.old for change in plan.changes}
+    old = [changed.get(file.path, file) for file in plan.files if file.path.startswith("/etc/keepalived/")]
+    old += [change.old for change in plan.keepalived if change.new is None]
+    found = [row for file in old if file is not None for row in _REAL_SERVER.findall(file.content)]
+    named = {ipvs.point(address, int(port)) for address, port, weight in found if int(weight)}
+    if not named:
+        return frozenset()
+    rows = ipvs.read(remote.run("ipvsadm -Ln", what="asking for real servers").stdout, "").rows
+    away = named - {name for service in rows.values() for name, row in service.items() if row.weight}
+    if away and not rows:
+        return frozenset()  # keepalived does not run: nothing is known of them
+    if away:
+        progress.note(f"{remote.name}: down already, not waited for: {', '.join(sorted(away))}")
+    return frozenset(away)
 
 
 def unsaid(plan: Plan) -> list[str]:

@@ -7,12 +7,13 @@ import os
 import re
 import sys
 import xml.etree.ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline import progress, run, settings
 from pipeline.errors import BuildError
+from provision.apply import Gate
 from provision.host import Host
 from provision.model import Cluster
 
@@ -94,28 +95,26 @@ def check(
     return lines
 
 
-def gate(cluster: Cluster, where: Where, seconds: float) -> Callable[[Sequence[Host]], None]:
+def gate(cluster: Cluster, where: Where, seconds: float) -> Gate:
     """What `apply` asks of a host that it has changed: all checks but those of traffic, within some time.
 
     Health checks and routing need a while after a change; whoever is not well when it is over has failed.
     """
 
-    def judge(hosts: Sequence[Host]) -> None:
+    def judge(host: Host, down: frozenset[str]) -> None:
         failed: list[Outcome] = []
 
         def well() -> bool:
-            failed[:] = [
-                each for each in examine(cluster, hosts, where, expression="not traffic") if each.result == "failed"
-            ]
+            outcomes = examine(cluster, [host], where, expression="not traffic", down=down)
+            failed[:] = [each for each in outcomes if each.result == "failed"]
             return not failed
 
-        names = ", ".join(host.name for host in hosts)
         try:
             run.wait_until(
                 well,
                 deadline=seconds,
-                what=f"the checks of {names} pass",
-                hint=f"invoke check --cluster {cluster.path} --host {names}",
+                what=f"the checks of {host.name} pass",
+                hint=f"invoke check --cluster {cluster.path} --host {host.name}",
             )
         except BuildError as error:
             raise BuildError(
@@ -133,6 +132,7 @@ def examine(
     expression: str = "",
     k: str = "",
     junit: Path | None = None,
+    down: frozenset[str] = frozenset(),
 ) -> list[Outcome]:
     """Run the checks in a process of their own.
 
@@ -141,6 +141,7 @@ def examine(
         expression: pytest's `-m`, or "".
         k: pytest's `-k`, or "".
         junit: a file that takes the report, too.
+        down: real servers, as `10.0.0.1:80`, that are known to be down and may be.
 
     Raises:
         BuildError: they did not run.
@@ -157,6 +158,7 @@ def examine(
         argv += ["-k", k] if k else []
         known = {name: os.environ[name] for name in ("SSH_AUTH_SOCK", "USER", "LOGNAME") if name in os.environ}
         own = {"LVSFORGE_CLUSTER": str(cluster.path.resolve()), "LVSFORGE_SSH": str(config)}
+        own["LVSFORGE_DOWN"] = " ".join(sorted(down))
         with progress.step(f"checking {len(hosts)} hosts"):
             result = run.run(
                 argv,

@@ -15,6 +15,7 @@ from provision import operations as ops
 from provision.checking import Where
 from provision.model import Cluster
 from provision.remote import Opener, opener
+from provision.render import Renderer
 
 GATE_SECONDS = 300.0  # a health check's round, OSPF's dead interval and a slow host, several times over
 
@@ -76,8 +77,21 @@ def perform(path: Path, change: ops.Change, options: Options, before: Callable[[
         _perform(path, change, options, before)
 
 
+def concerned(edit: ops.Edit) -> tuple[str, ...]:
+    """The hosts of which an edit changes a file; all where it changes nothing, as one that was not rolled out."""
+    if edit.after == edit.before:
+        return ()
+    old, new = (clusters.parse(text, edit.path) for text in (edit.before, edit.after))
+    files, wanted = Renderer(old).root_files, Renderer(new).root_files
+    return tuple(host.name for host, now in zip(old.hosts, new.hosts, strict=True) if files(host) != wanted(now))
+
+
 def _perform(
-    path: Path, change: ops.Change, options: Options, before: Callable[[ops.Edit], None] | None = None
+    path: Path,
+    change: ops.Change,
+    options: Options,
+    before: Callable[[ops.Edit], None] | None = None,
+    names: Sequence[str] | None = None,
 ) -> None:
     edit = ops.edit(path, change)
     print("\n".join(edit.lines) or f"{path}: as it should be")
@@ -86,6 +100,8 @@ def _perform(
     if options.apply:
         # Secrets too, before anything is written: the roll-out needs them.
         clusters.parse(edit.after, path)
+        # A host that the operation is not about may be down: it may be the reason for it.
+        names = concerned(edit) if names is None else names
         if before is not None:
             with progress.step("looking before the change"):
                 before(edit)
@@ -97,9 +113,10 @@ def _perform(
         )
         return
     try:
-        lines = _apply(clusters.load(path), (), options)
+        lines = _apply(clusters.load(path), names or (), options)
     except BuildError as error:
-        details = [*error.details, f"{path} keeps the change; invoke apply --cluster {path} goes on"]
+        hosts = "".join(f" --host {name}" for name in names or ())
+        details = [*error.details, f"{path} keeps the change; invoke apply --cluster {path}{hosts} goes on"]
         raise BuildError(error.message, error.hint, details) from error
     print("\n".join(lines))
 
@@ -123,8 +140,11 @@ def remove_real_server(path: Path, service: str, address: str, port: int, option
     with ops.alone(path):
         drain = ops.edit(path, ops.drain_real_server(service, address, port))
         first = drain.after != drain.before
+        removal = ops.remove_real_server(service, address, port)
+        # Both steps are about the same hosts, also where the first was done before.
+        names = concerned(ops.edit(path, removal)) if options.apply and not settings.current.dry_run else None
         if first or options.apply:
-            _perform(path, ops.drain_real_server(service, address, port), options)
+            _perform(path, ops.drain_real_server(service, address, port), options, names=names)
         if settings.current.dry_run:
             return
         if not options.apply and first:
@@ -135,4 +155,4 @@ def remove_real_server(path: Path, service: str, address: str, port: int, option
                 cluster = clusters.load(path)
                 if options.drain > 0:
                     ops.drained(cluster, service, address, port, options.open, options.drain)
-        _perform(path, ops.remove_real_server(service, address, port), options)
+        _perform(path, removal, options, names=names)

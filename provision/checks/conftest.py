@@ -90,6 +90,12 @@ def services(director: Director, cluster: Cluster) -> tuple[Service, ...]:
 
 
 @pytest.fixture
+def down() -> frozenset[str]:
+    """Real servers, as `10.0.0.1:80`, that may be down."""
+    return frozenset(os.environ.get("LVSFORGE_DOWN", "").split())
+
+
+@pytest.fixture
 def addresses(ask: Ask) -> dict[str, set[str]]:
     """The addresses on each interface, with prefix length."""
     return bound(ask("ip -j address show"))

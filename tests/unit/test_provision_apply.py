@@ -10,7 +10,7 @@ import contextlib
 import copy
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +46,7 @@ case "$name $*" in
     systemd-run*) : >/var/lib/timer ;;
     "sysctl -e -q -p"*) sed 's/^/restored: /' "$4" >>/var/lib/calls ;;
     "sysctl -e "*) shift; for key; do echo "$key = 7"; done; exit 0 ;;
+    "ipvsadm -Ln") cat /var/lib/table 2>/dev/null ;;
     "ipvsadm -Gn") cat /var/lib/ipvsadm 2>/dev/null; : >/var/lib/ipvsadm ;;
 esac
 echo "$name $*" >>/var/lib/calls
@@ -169,12 +170,12 @@ def cluster_of(folder: Path, base: dict[str, Any] = OSPF, **changes: Any) -> Clu
     return clusters.load(path)
 
 
-def well(_: Sequence[Host]) -> None:
+def well(_host: Host, _down: frozenset[str]) -> None:
     """A gate that is open."""
 
 
-def sick(hosts: Sequence[Host]) -> None:
-    raise BuildError(f"{hosts[0].name} is not well", "look at it")
+def sick(host: Host, _down: frozenset[str]) -> None:
+    raise BuildError(f"{host.name} is not well", "look at it")
 
 
 def expected(cluster: Cluster, name: str) -> dict[str, tuple[bytes, int, int]]:
@@ -186,13 +187,14 @@ def expected(cluster: Cluster, name: str) -> dict[str, tuple[bytes, int, int]]:
 
 
 def acts(calls: list[str]) -> list[str]:
-    return [call for call in calls if not call.startswith(("systemd-run", "cloud-init", "networkctl"))]
+    looks = ("systemd-run", "cloud-init", "networkctl", "ipvsadm -Ln")
+    return [call for call in calls if not call.startswith(looks)]
 
 
 def test_a_new_host_then_nothing_to_do(lab: Lab, folder: Path) -> None:
     cluster = cluster_of(folder)
     asked: list[str] = []
-    lines = applying.apply(cluster, ["lvs-1"], lab.connect, lambda hosts: asked.append(hosts[0].name))
+    lines = applying.apply(cluster, ["lvs-1"], lab.connect, lambda host, _: asked.append(host.name))
     assert lines == ["lvs-1: 12 files changed, network sysctl keepalived rc-local zebra ospfd ospf6d"]
     assert lab.files("lvs-1") == expected(cluster, "lvs-1")
     assert asked == ["lvs-1"]
@@ -414,7 +416,7 @@ def test_a_file_that_its_daemon_refuses_is_not_installed(lab: Lab, folder: Path)
         applying.apply(cluster_of(folder, services=services), (), lab.connect, well)
     assert caught.value.details[0].endswith("broken")
     assert lab.files("lvs-1") == before
-    assert lab.calls("lvs-1") == [], "no timer, nothing told"
+    assert lab.calls("lvs-1") == ["ipvsadm -Ln"], "no timer, nothing told"
     assert "lvs-2" not in lab.roots, "the next host was not asked"
 
 
@@ -536,7 +538,10 @@ def test_an_operation_rolled_out_and_one_that_fails(lab: Lab, folder: Path, caps
     failing = rollout.Options(apply=True, connect=lab.connect, gate=lambda cluster: sick)
     with pytest.raises(BuildError, match="lvs-1 is not well") as caught:
         rollout.perform(path, ops.add_vip("web", "203.0.113.10"), failing)
-    assert caught.value.details[-1] == f"{path} keeps the change; invoke apply --cluster {path} goes on"
+    assert (
+        caught.value.details[-1]
+        == f"{path} keeps the change; invoke apply --cluster {path} --host lvs-1 --host lvs-2 goes on"
+    )
     assert b"203.0.113.10" not in lab.files("lvs-1")["/etc/keepalived/web.conf"][0]
     rollout.apply(path, (), options)
     assert b"203.0.113.10" in lab.files("lvs-1")["/etc/keepalived/web.conf"][0]
@@ -577,9 +582,65 @@ def test_draining_a_real_server_to_its_end(lab: Lab, folder: Path) -> None:
     assert [call for call in calls if "keepalived" in call or "ipvsadm" in call] == [
         "systemctl reload-or-restart keepalived",
         "ipvsadm -Ln",
+        "ipvsadm -Ln",
         "systemctl reload-or-restart keepalived",
     ]
     assert "198.51.100.1 80" not in lab.files("lvs-1")["/etc/keepalived/web.conf"][0].decode()
+
+
+TABLE = """\
+TCP  203.0.113.1:80 rr
+  -> 198.51.100.1:80              FullNat 1      3          9
+TCP  203.0.113.3:443 rr
+  -> 198.51.100.1:443             FullNat 0      0          0
+"""
+
+
+def test_what_was_down_before_is_not_the_changes_fault(lab: Lab, folder: Path) -> None:
+    """Out of the table, or in it with weight 0; not what is new in the files, and nobody where there is no table."""
+    applying.apply(cluster_of(folder), ["lvs-1"], lab.connect, well)
+    services = copy.deepcopy(OSPF["services"])
+    services[0]["real_servers"].append({"address": "198.51.100.3"})
+    cluster = cluster_of(folder, services=services)
+    known: list[frozenset[str]] = []
+
+    def gate(host: Host, down: frozenset[str]) -> None:
+        known.append(down)
+        sick(host, down)
+
+    for table in ("", TABLE):
+        (lab.root("lvs-1") / "var/lib/table").write_text(table)
+        with pytest.raises(BuildError, match="lvs-1 is not well"):
+            applying.apply(cluster, ["lvs-1"], lab.connect, gate)
+    away = frozenset({"198.51.100.2:80", "198.51.100.1:443", "[2001:db8:5::1]:443"})
+    assert known == [frozenset(), away]
+
+
+def test_a_dead_real_server_can_be_removed(lab: Lab, folder: Path) -> None:
+    """Only the directors hear of it: the dead one is a host of the file, too. The same where it was drained before."""
+    lab.down.add("rs-1")
+    path = cluster_of(folder).path
+    options = rollout.Options(apply=True, connect=lab.connect, gate=lambda cluster: well, drain=30)
+    with pytest.raises(BuildError, match="rs-1: no connection"):
+        rollout.apply(path, (), options)
+    rollout.perform(path, ops.drain_real_server("web", "198.51.100.1", 0), rollout.Options())
+    rollout.remove_real_server(path, "web", "198.51.100.1", 0, options)
+    for name in ("lvs-1", "lvs-2"):
+        assert "198.51.100.1 80" not in lab.files(name)["/etc/keepalived/web.conf"][0].decode()
+
+
+def test_only_the_hosts_of_an_operation_are_asked(folder: Path) -> None:
+    services = copy.deepcopy(OSPF["services"])
+    services[1]["directors"] = ["lvs-2"]
+    path = cluster_of(folder, services=services).path
+    edit = ops.edit(path, ops.add_vip("tls", "203.0.113.9"))
+    assert rollout.concerned(edit) == ("lvs-2",)
+    # Real servers believe local addresses.
+    edit = ops.edit(path, ops.add_local_address(path, "lvs-1", "192.168.100.99", ""))
+    assert rollout.concerned(edit) == ("lvs-1", "rs-1")
+    again = ops.edit(path, ops.drain_real_server("web", "198.51.100.1", 0))
+    again.write()
+    assert rollout.concerned(ops.edit(path, ops.drain_real_server("web", "198.51.100.1", 0))) == ()
 
 
 def test_a_script_is_sent_at_once() -> None:

@@ -6,15 +6,19 @@ The programs' output is as the real ones print it; that the checks reach real ho
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import ipaddress
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import testinfra
 import yaml
 
 from pipeline import run
@@ -125,12 +129,41 @@ def places(**changes: set[str]) -> dict[str, set[str]]:
 
 
 def test_vips(cluster: Cluster, director: Director) -> None:
-    services = cluster.services_of(director)
-    high.test_vips_are_on_lo(places(), services, director)
+    def judge(lo: Collection[str] = VIPS, listing: str = SERVICES) -> None:
+        services = cluster.services_of(director)
+        high.test_vips_are_on_lo(places(lo={*lo}), services, ipvs.read(listing, ""))
+
+    judge()
     with complaint("not on lo: 203.0.113.2/32"):
-        high.test_vips_are_on_lo(places(lo={*VIPS} - {"203.0.113.2/32"}), services, director)
+        judge({*VIPS} - {"203.0.113.2/32"})
     with complaint("on lo, in no service: 203.0.113.9/32"):
-        high.test_vips_are_on_lo(places(lo={*VIPS, "203.0.113.9/32"}), services, director)
+        judge((*VIPS, "203.0.113.9/32"))
+
+
+def test_vips_without_a_quorum(tmp_path: Path) -> None:
+    """Nobody to send to: the VIP is withdrawn, and only then."""
+    services = copy.deepcopy(OSPF["services"])
+    services[0].update(quorum=2, hysteresis=1)
+    cluster = load(tmp_path, {**OSPF, "services": services})
+    second = "  -> 198.51.100.2:80              FullNat 2      2          0\n"
+    assert second in SERVICES
+
+    def judge(weight: int, *lo: str) -> None:
+        rows = SERVICES.replace(" 1      3          9", f" {weight}      3          9").replace(second, "")
+        rows = rows.replace(second.replace("2          0", "0          0"), "")
+        rows = rows.replace("80              FullNat 1      0", f"80              FullNat {weight}      0")
+        table = ipvs.read(rows, "")
+        high.test_vips_are_on_lo(places(lo={*VIPS[2:], *lo}), cluster.services, table)
+
+    judge(0)
+    with complaint("on lo without a quorum: 203.0.113.1/32"):
+        judge(0, VIPS[0])
+    for lo in ((), VIPS[:1], VIPS[:2]):  # as it was before
+        judge(1, *lo)
+        judge(2, *lo)
+    judge(3, *VIPS)
+    with complaint("not on lo: 203.0.113.1/32"):
+        judge(3, VIPS[1])
 
 
 def test_vips_of_a_pair(tmp_path: Path) -> None:
@@ -222,8 +255,9 @@ def test_services(cluster: Cluster) -> None:
 
 def test_real_servers(cluster: Cluster) -> None:
     def judge(text: str) -> None:
-        high.test_real_servers_are_healthy_and_weighted(ipvs.read(text, ""), cluster.services)
+        high.test_real_servers_are_healthy_and_weighted(ipvs.read(text, ""), cluster.services, down)
 
+    down: frozenset[str] = frozenset()
     judge(SERVICES)
     with complaint("TCP [2001:db8:ffff::3]:443: [2001:db8:5::1]:443 is missing (down?)"):
         judge(SERVICES.replace("  -> [2001:db8:5::1]:443          FullNat 1      0          0\n", ""))
@@ -233,6 +267,25 @@ def test_real_servers(cluster: Cluster) -> None:
         judge(SERVICES.replace("198.51.100.2:80 ", "198.51.100.9:80 "))
     with complaint("is reached by Masq, not FNAT"):
         judge(SERVICES.replace("198.51.100.1:443             FullNat", "198.51.100.1:443             Masq   "))
+    # Known to be down before: out of the table, or kept with weight 0; nobody else may be.
+    down = frozenset({"198.51.100.2:80"})
+    judge(SERVICES.replace("FullNat 2      2", "FullNat 0      2"))
+    judge(re.sub(r"  -> 198\.51\.100\.2:80 .*\n", "", SERVICES))
+    with complaint("198.51.100.2:80 has weight 3 for 2"):
+        judge(SERVICES.replace("FullNat 2      2", "FullNat 3      2"))
+    with complaint("TCP 203.0.113.1:80: 198.51.100.1:80 is missing (down?)"):
+        judge(re.sub(r"  -> 198\.51\.100\.1:80 .*\n", "", SERVICES))
+
+
+def test_a_drained_real_server_may_be_away(tmp_path: Path) -> None:
+    services = copy.deepcopy(OSPF["services"])
+    services[0]["real_servers"][1]["weight"] = 0
+    cluster = load(tmp_path, {**OSPF, "services": services})
+    none: frozenset[str] = frozenset()
+    away = re.sub(r"  -> 198\.51\.100\.2:80 .*\n", "", SERVICES)
+    high.test_real_servers_are_healthy_and_weighted(ipvs.read(away, ""), cluster.services, none)
+    with complaint("198.51.100.2:80 has weight 2 for 0"):
+        high.test_real_servers_are_healthy_and_weighted(ipvs.read(SERVICES, ""), cluster.services, none)
 
 
 def test_local_addresses_of_services(cluster: Cluster, director: Director) -> None:
@@ -246,16 +299,28 @@ def test_local_addresses_of_services(cluster: Cluster, director: Director) -> No
         judge(LOCAL.replace("                             192.168.100.2        0          2\n", ""))
 
 
-def test_spread(cluster: Cluster) -> None:
-    def judge(totals: str, listing: str = SERVICES) -> None:
-        high.test_sessions_are_spread_evenly(ipvs.read(listing, totals), cluster.services)
+def test_spread(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(high, "WINDOW", 0.2)
+
+    def judge(*totals: str) -> None:
+        looks = iter((*totals, *[totals[-1]] * 20))
+        high.test_sessions_are_spread_evenly(
+            lambda command: next(looks) if "--stats" in command else SERVICES, cluster.services
+        )
+
+    def had(first: int, second: int) -> str:
+        return TOTALS.replace(" 301 ", f" {first} ").replace(" 299 ", f" {second} ")
 
     judge(TOTALS)
-    uneven = TOTALS.replace(" 301 ", " 501 ").replace(" 299 ", "  99 ")
-    with complaint("198.51.100.1:80 had 501 of 600 sessions, its share is 300"):
-        judge(uneven)
     with pytest.raises(pytest.skip.Exception, match="no service with scheduler rr"):
-        judge(TOTALS.replace(" 301 ", "  11 ").replace(" 299 ", "  90 "))
+        judge(had(11, 90))
+    # Uneven since some time: what comes now tells, and only that.
+    judge(had(501, 99), had(601, 199))
+    judge(had(501, 99), had(551, 149), had(601, 199))
+    with complaint("198.51.100.1:80 had 150 of 200 sessions, its share is 100"):
+        judge(had(501, 99), had(651, 149))
+    with pytest.raises(pytest.skip.Exception, match=r"had 501 of 600 sessions, .*; fewer than 200 new ones in"):
+        judge(had(501, 99), had(521, 99))
 
 
 def test_processes(cluster: Cluster, tmp_path: Path) -> None:
@@ -514,6 +579,44 @@ JUNIT = """<?xml version="1.0" encoding="utf-8"?><testsuites><testsuite name="py
 <testcase classname="low" name="test_vips_answer_a_client[ssh://lvs-1]" time="0.1">
 <skipped type="pytest.skip" message="no client was named">x</skipped></testcase>
 </testsuite></testsuites>"""
+
+
+@dataclasses.dataclass
+class Client:
+    """Answers a client's commands by a word in them, and keeps them."""
+
+    answers: dict[str, tuple[int, str]]
+    asked: list[str] = dataclasses.field(default_factory=list)
+
+    def run(self, command: str) -> SimpleNamespace:
+        self.asked.append(command)
+        status, text = next((answer for word, answer in self.answers.items() if word in command), (0, "200"))
+        return SimpleNamespace(rc=status, stdout=text)
+
+
+def test_a_client_asks_every_vip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each port of each VIP: for a page where health checks ask real servers for one there, else for a connection."""
+    services = copy.deepcopy(OSPF["services"])
+    services[0].update(ports=[80, 81], check={"http": {"path": "/ok", "status": 204, "host": "www.example.org"}})
+    services[0]["real_servers"] = [{"address": "198.51.100.1", "port": 80}]
+    cluster = load(tmp_path, {**OSPF, "services": services})
+    client = Client({"203.0.113.": (0, "204"), "</dev/tcp/": (0, "")})
+    monkeypatch.setattr(testinfra, "get_host", lambda *_, **__: client)
+    with pytest.raises(pytest.skip.Exception, match="no client was named"):
+        low.test_vips_answer_a_client(cluster.services)
+    monkeypatch.setenv("LVSFORGE_CLIENT", "local")
+    low.test_vips_answer_a_client(cluster.services)
+    assert client.asked[0].endswith(" -w '%{http_code}' -H 'Host: www.example.org' http://203.0.113.1:80/ok")
+    asked = {re.findall(r"//?(\[.*\]|[0-9.]+)[:/](\d+)", text)[0] for text in client.asked[:4]}
+    assert asked == {(vip, port) for vip in ("203.0.113.1", "203.0.113.2") for port in ("80", "81")}
+    assert client.asked[4:] == [
+        f"timeout 10 bash -c '</dev/tcp/{vip}/443'" for vip in ("203.0.113.3", "2001:db8:ffff::3")
+    ]
+    client.answers = {"203.0.113.2:81": (7, ""), "2001:db8": (1, ""), **client.answers}
+    with complaint("http://203.0.113.2:81/ok: no answer, not 204; [2001:db8:ffff::3]:443: no connection"):
+        low.test_vips_answer_a_client(cluster.services)
+    with pytest.raises(pytest.skip.Exception, match="no service speaks TCP"):
+        low.test_vips_answer_a_client(())
 
 
 def test_the_report_by_host() -> None:
