@@ -17,7 +17,7 @@ from pipeline.debroot import Root
 from pipeline.errors import BuildError
 from pipeline.sandbox import Sandbox
 from pipeline.signing import SigningKey
-from pipeline.sources import Sources
+from pipeline.sources import Sources, listing
 from pipeline.store import Stage, Store
 from tools import build as tools
 
@@ -92,13 +92,22 @@ def roots() -> list[Root]:
     return [kernels.kernels(line.store).root, *tools.room(line.store).roots(), line.toolbox, line.tree]
 
 
-def final_stages() -> list[Stage]:
-    """What `invoke image` builds in the end; without a signing key yet, only what comes before it."""
+def final_stages(role: str = "", *, checked: bool = True) -> list[Stage]:
+    """What is built in the end; without a signing key yet, only what comes before it.
+
+    Args:
+        role: whose image; all where it is "".
+        checked: as `invoke image` does it; else as `invoke bake-image`.
+    """
     line = Line()
     if not SigningKey.find().exists:
         progress.note("no signing key yet: what is signed has no key in the store before the first build")
-        return [*kernels.stages("", line.store), *tools.stages("", line.store), line.tree.stage(), line.toolbox.stage()]
-    return [line.image(role).checked for role in roles()]
+        packages = [*kernels.stages("", line.store), *tools.stages("", line.store)]
+        if role:
+            packages = line.package_stages(Recipe.load(role))
+        return [*packages, line.tree.stage(), line.toolbox.stage()]
+    images = [line.image(each) for each in chosen(role)]
+    return [image.checked if checked else image.finished for image in images]
 
 
 def everything() -> None:
@@ -118,13 +127,13 @@ def everything() -> None:
 
 def bake(role: str, line: Line | None = None) -> None:
     """Bake an image, or all, into out/."""
+    if settings.current.dry_run:  # first of all: to ask for an image's stages makes the key where there is none
+        show_plan(final_stages(role, checked=False))
+        return
     line = line or Line()
     for each in chosen(role):
         image = line.image(each)
-        if settings.current.dry_run:
-            show_plan([image.finished])
-        else:
-            golden.publish(line.store.ensure(image.finished), image.recipe, settings.out())
+        golden.publish(line.store.ensure(image.finished), image.recipe, settings.out())
 
 
 def check(role: str, line: Line | None = None) -> None:
@@ -244,6 +253,13 @@ def show_plan(stages: Sequence[Stage]) -> None:
 def bundle(out: Path) -> None:
     """Pack sources and the build roots, each root as one tar of its stage's result."""
     line = Line()
+    if settings.current.dry_run:
+        print("\n".join(listing(store=line.store)))
+        show_plan([root.stage() for root in roots() if root.resolved])
+        for root in roots():
+            if not root.resolved:
+                progress.note(f"{root.name}: which packages it holds is not decided before it is fetched")
+        return
     fetch()
     tar = run.require("tar", "to pack build roots", "tar")
     with run.temporary_directory("bundle-", line.store.root) as folder:

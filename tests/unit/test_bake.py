@@ -1,0 +1,73 @@
+"""What the tasks call: what a dry run leaves undone, and what comes from elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from image import bake
+from pipeline import settings
+from pipeline.debroot import Root
+from pipeline.signing import SigningKey
+from pipeline.store import Store
+from tests.conftest import Recorder
+
+
+@pytest.fixture
+def dry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings.current, "dry_run", True)
+
+
+@pytest.fixture
+def resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every root's packages are decided."""
+    monkeypatch.setattr(Root, "versions", {"base-files": "12"})
+    monkeypatch.setattr(Root, "resolved", True)
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.usefixtures("dry", "resolved")
+@pytest.mark.parametrize(("role", "kernels"), [("director", {"kernel-lvs"}), ("", {"kernel-lvs", "kernel-rs"})])
+def test_a_dry_bake_without_a_key_makes_none(
+    role: str, kernels: set[str], capsys: pytest.CaptureFixture[str], events: Recorder
+) -> None:
+    bake.bake(role)
+    names = {line.split()[1] for line in capsys.readouterr().out.splitlines()}
+    assert {"base-tree", "root-image", "tool-keepalived", *kernels} <= names
+    assert {name for name in names if name in ("kernel-lvs", "kernel-rs")} == kernels
+    assert not SigningKey.find().exists
+    assert any("no signing key yet" in text for text in events.texts("note"))
+    assert not files(Store().root)
+
+
+@pytest.mark.usefixtures("dry", "resolved")
+def test_a_dry_bake_with_a_key_names_the_image_and_not_its_check(capsys: pytest.CaptureFixture[str]) -> None:
+    key = SigningKey.find().file
+    key.parent.mkdir(parents=True)
+    key.write_text("a key")
+    bake.bake("director")
+    names = {line.split()[1] for line in capsys.readouterr().out.splitlines()}
+    assert "image-director" in names and not names & {"checked-director", "image-realserver"}
+    bake.show_plan(bake.final_stages())
+    assert {"checked-director", "checked-realserver"} <= {
+        line.split()[1] for line in capsys.readouterr().out.splitlines()
+    }
+
+
+@pytest.mark.usefixtures("dry")
+def test_a_dry_bundle_says_what_it_would_pack(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], events: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bake.bundle(tmp_path / "out.tar")
+    said = capsys.readouterr().out
+    assert "linux " in said and "missing" in said
+    assert any(text.startswith("root-image: ") for text in events.texts("note"))
+    monkeypatch.setattr(Root, "versions", {"base-files": "12"})
+    monkeypatch.setattr(Root, "resolved", True)
+    bake.bundle(tmp_path / "out.tar")
+    assert "· root-image " in capsys.readouterr().out
+    assert not files(tmp_path) and not files(Store().root)
