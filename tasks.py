@@ -150,8 +150,8 @@ def sources_list(_c: Any, verify: bool = False) -> None:
 
 @command("locked", "offline")
 def fetch(_c: Any) -> None:
-    """Fetch every source and build root, so that the rest works with --offline."""
-    bake.fetch()
+    """Fetch every source and root file system, so that the other tasks with --offline work with it."""
+    bake.fetch(lab.root(Store()))
 
 
 @command("dry_run", name="sources-update", help={"name": "only this source"})
@@ -163,19 +163,19 @@ def sources_update(_c: Any, name: str = "") -> None:
 @command(name="refresh-roots")
 def refresh_roots(_c: Any) -> None:
     """Take the archive's newest packages into the build roots and the images' base."""
-    for root in [*bake.roots(), develop.guest_root(), develop.debian_root(), lab.root(Store())]:
+    for root in [*bake.roots(), lab.root(Store())]:
         root.refresh()
 
 
 @command("dry_run", help={"out": "the file to write"})
 def bundle(_c: Any, out: str = "lvsforge-bundle.tar") -> None:
-    """Pack sources and build roots for a builder without a network."""
-    bake.bundle(Path(out))
+    """Pack what `invoke fetch` fetches for a builder without a network."""
+    bake.bundle(Path(out), lab.root(Store()))
 
 
 @command(name="bundle-load", help={"file": "what `invoke bundle` wrote"}, positional=["file"])
 def bundle_load(_c: Any, file: str) -> None:
-    """Take a bundle into this machine's store; then everything works with --offline."""
+    """Take a bundle into this machine's store; then every task with --offline works with it."""
     bake.bundle_load(Path(file))
 
 

@@ -11,6 +11,7 @@ from image import base as disks
 from image import golden, packages, verify
 from image.base import Recipe, roles
 from kernel import build as kernels
+from kernel import develop
 from pipeline import bundle as bundles
 from pipeline import progress, repository, rpm, run, settings, status, store
 from pipeline.debroot import Root
@@ -87,9 +88,10 @@ def chosen(role: str) -> list[str]:
 
 
 def roots() -> list[Root]:
-    """Every root that mmdebstrap makes."""
+    """Every root that packages and images are made with, or tested."""
     line = Line()
-    return [kernels.kernels(line.store).root, *tools.room(line.store).roots(), line.toolbox, line.tree]
+    tested = [develop.guest_root(line.store), develop.keepalived_root(line.store), develop.debian_root(line.store)]
+    return [kernels.kernels(line.store).root, *tools.room(line.store).roots(), line.toolbox, line.tree, *tested]
 
 
 def final_stages(role: str = "", *, checked: bool = True) -> list[Stage]:
@@ -233,11 +235,11 @@ def signing_key() -> list[str]:
     return [f"{line.key.file}", *line.key.public(line.sandbox()).splitlines()]
 
 
-def fetch() -> None:
-    """Everything that comes from elsewhere: sources and roots."""
+def fetch(*more: Root) -> None:
+    """Everything that comes from elsewhere: sources, roots, and these roots."""
     line = Line()
     Sources(line.store).fetch_all()
-    for root in roots():
+    for root in (*roots(), *more):
         line.store.ensure(root.stage())
 
 
@@ -250,22 +252,23 @@ def show_plan(stages: Sequence[Stage]) -> None:
 # --- for a builder without a network ----------------------------------------------------------------------------
 
 
-def bundle(out: Path) -> None:
-    """Pack sources and the build roots, each root as one tar of its stage's result."""
+def bundle(out: Path, *more: Root) -> None:
+    """Pack what `fetch` fetches, each root as one tar of its stage's result."""
     line = Line()
+    wanted = [*roots(), *more]
     if settings.current.dry_run:
         print("\n".join(listing(store=line.store)))
-        show_plan([root.stage() for root in roots() if root.resolved])
-        for root in roots():
+        show_plan([root.stage() for root in wanted if root.resolved])
+        for root in wanted:
             if not root.resolved:
                 progress.note(f"{root.name}: which packages it holds is not decided before it is fetched")
         return
-    fetch()
+    fetch(*more)
     tar = run.require("tar", "to pack build roots", "tar")
     with run.temporary_directory("bundle-", line.store.root) as folder:
         held = folder / "roots"
         held.mkdir()
-        for root in roots():
+        for root in wanted:
             stage = root.stage()
             with progress.step(f"packing {stage.name}"):
                 argv = [tar, "--zstd", "--xattrs", "--numeric-owner", "--sort=name", "-C", str(line.store.root)]

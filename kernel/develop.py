@@ -93,6 +93,13 @@ def guest_root(store: Store | None = None) -> Root:
     return Root("root-guest", TESTS / "root.yaml", store or Store(), offline=settings.current.offline)
 
 
+def keepalived_root(store: Store | None = None) -> Root:
+    """The build root of the keepalived that is tested there: with sanitizers, SNMP and dbus."""
+    return Root(
+        "root-keepalived", TESTS / "keepalived" / "root.yaml", store or Store(), offline=settings.current.offline
+    )
+
+
 # --- what ships
 
 

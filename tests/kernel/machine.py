@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kernel import develop
-from pipeline import progress, rpm, run, sandbox, settings
+from pipeline import progress, rpm, run, sandbox
 from pipeline.debroot import Root
 from pipeline.errors import BuildError
 from pipeline.store import Stage, Store, digest
@@ -337,7 +337,7 @@ def root(store: Store) -> Root:
 
 def sanitized_keepalived(store: Store) -> Stage:
     """Our keepalived with the compiler's sanitizers for addresses and undefined behaviour, and with SNMP."""
-    own = Root("root-keepalived", HERE / "keepalived/root.yaml", store, offline=settings.current.offline)
+    own = develop.keepalived_root(store)
     return tools.room(store).variant("keepalived", "sanitized", switches=["sanitizers"], root=own)
 
 

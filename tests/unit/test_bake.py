@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+import tasks
 from image import bake
-from pipeline import settings
+from pipeline import run, settings
 from pipeline.debroot import Root
 from pipeline.signing import SigningKey
-from pipeline.store import Store
+from pipeline.sources import Sources
+from pipeline.store import Stage, Store
 from tests.conftest import Recorder
 
 
@@ -71,3 +73,46 @@ def test_a_dry_bundle_says_what_it_would_pack(
     bake.bundle(tmp_path / "out.tar")
     assert "· root-image " in capsys.readouterr().out
     assert not files(tmp_path) and not files(Store().root)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Root]:
+    """The roots that were asked for a stage."""
+    found: list[Root] = []
+
+    def stage(self: Root) -> Stage:
+        found.append(self)
+        return Stage(self.name, {}, lambda out: None)
+
+    monkeypatch.setattr(Root, "stage", stage)
+    monkeypatch.setattr(Root, "refresh", lambda self: found.append(self))
+    monkeypatch.setattr(Sources, "fetch_all", lambda self: [])
+    return found
+
+
+SHARED = {"debug": False, "progress_form": "plain"}
+
+
+def test_every_root_is_fetched(asked: list[Root], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made of a root that nobody fetches cannot be made without a network."""
+    monkeypatch.chdir(tmp_path)
+    rooms = ("image", "kernel", "provision", "tests", "tools")
+    recipes = [path for room in rooms for path in (settings.TOP / room).rglob("root.yaml")]
+    assert len(recipes) >= 7
+    wanted = {*recipes, settings.TOP / "image/base.yaml"}
+    tasks.fetch.body(None, locked=False, offline=False, **SHARED)
+    assert {root.path for root in asked} == wanted
+    asked.clear()
+    tasks.refresh_roots.body(None, **SHARED)
+    assert {root.path for root in asked} == wanted
+
+
+def test_a_bundle_holds_every_root(asked: list[Root], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    packed: list[str] = []
+    monkeypatch.setattr(run, "run", lambda argv, **_: packed.append(Path(argv[argv.index("-cf") + 1]).name))
+    tasks.bundle.body(None, out=str(tmp_path / "out.tar"), dry_run=False, **SHARED)
+    assert {"root-kernel", "root-guest", "root-keepalived", "root-debian-kernel", "root-lab"} <= {
+        name.removesuffix(".tar.zst") for name in packed
+    }
+    assert set(packed) == {f"{root.name}.tar.zst" for root in asked}
