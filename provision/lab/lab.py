@@ -29,7 +29,7 @@ from provision.ipvs import point
 from provision.lab import login, machines, router, space, state, variant
 from provision.lab.space import Space
 from provision.lab.state import Running, State
-from provision.lab.topology import CLIENTS, ROUTER, Link, Node, Plug, Topology, build, control_mac
+from provision.lab.topology import CLIENTS, ROUTER, Link, Node, Plug, Topology, absent, build, control_mac
 from provision.model import Cluster
 
 SWITCH = "switch"
@@ -406,7 +406,10 @@ def up(source: Path, folder: Path, memory: int, parts: Parts) -> Lab:
     require_root()
     with state.alone(folder):
         _judge_folder(folder)
-        topology = build(clusters.load(source, secrets=False))
+        cluster = clusters.load(source, secrets=False)
+        topology = build(cluster)
+        for line in absent(cluster):
+            progress.note(line)
         _judge_memory(len(topology.of("director", "realserver")), memory, _available())
         images = {role: str(parts.image(role)) for role in _roles(topology)}
         where = tree(Store(), root(Store()))

@@ -154,6 +154,33 @@ def _judge_uplink(cluster: Cluster, host: Director, place: str, problems: Proble
         problems.add(f"{place}.interfaces[{number}].gateway4", f"{router} is a host; the lab's router cannot be it")
 
 
+def absent(cluster: Cluster) -> list[str]:
+    """The real servers that are no hosts of the cluster file, a line for each service and family that has others.
+
+    Raises:
+        BuildError: a service of TCP has none at all in a family of its VIPs, so that clients would get no page.
+    """
+    own = {address for host in cluster.real_servers for address in host.own_addresses}
+    problems = Problems()
+    lines = []
+    for number, service in enumerate(cluster.services):
+        place = f"services[{number}].real_servers"
+        for version in service.versions:
+            wanted = [each.address for each in service.real_servers if each.address.version == version]
+            names = ", ".join(str(address) for address in dict.fromkeys(wanted) if address not in own)
+            if not names:
+                continue
+            if service.protocol == "TCP" and own.isdisjoint(wanted):
+                problems.add(place, f"no host has {names}; nobody would answer at the IPv{version} VIPs")
+            else:
+                lines.append(f"{place}: no host has {names}; the lab is without")
+    problems.raise_if_any(
+        f"{cluster.path}: no lab can be made of it",
+        f"add these hosts to real_servers in {cluster.path}, or take provision/examples/lab-{cluster.mode}.yaml",
+    )
+    return lines
+
+
 def _named(cluster: Cluster) -> list[tuple[Link, list[tuple[Host, Interface]]]]:
     """The links of the cluster file, with their interfaces: those of uplinks first, then those of downlinks."""
     uplinks = {(each.name, each.uplink) for each in cluster.directors}

@@ -23,6 +23,7 @@ from provision.lab import live, login, machines, picture, report, space, state, 
 from provision.lab.live import DOWN, STARTING, TROUBLED, UP, Seen
 from provision.lab.space import Space
 from provision.lab.state import Running, State
+from tests.conftest import Recorder
 from tests.unit.test_lab_topology import EXAMPLES, KEY
 
 ENDED = Running(pid=1, started=1)  # process 1 is there, and has started at another time
@@ -149,6 +150,25 @@ def test_what_is_left_of_before_a_reboot_goes(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(BuildError, match="not enough memory"):
         labs.up(EXAMPLES["ospf"], folder, 512, PARTS)
     assert not folder.exists() and not sockets.exists()
+
+
+@pytest.mark.usefixtures("root")
+def test_a_service_whose_real_servers_are_no_hosts_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: Recorder
+) -> None:
+    """Clients would wait for its pages until the lab gives up. Where others are there, it is only said."""
+    monkeypatch.setattr(labs, "_available", lambda: 100)  # what is judged next
+    manual = settings.TOP / "provision/examples/manual-vrrp.yaml"
+    with pytest.raises(BuildError, match="no lab can be made of it") as caught:
+        labs.up(manual, tmp_path / "lab", 512, PARTS)
+    assert caught.value.details == (
+        "services[0].real_servers: no host has 192.168.1.1, 192.168.1.2; nobody would answer at the IPv4 VIPs",
+    )
+    assert "provision/examples/lab-vrrp.yaml" in caught.value.hint
+    with pytest.raises(BuildError, match="not enough memory"):
+        labs.up(settings.TOP / "provision/examples/manual-ospf.yaml", tmp_path / "lab", 512, PARTS)
+    assert "services[0].real_servers: no host has 192.168.1.2; the lab is without" in events.texts("note")
+    assert not (tmp_path / "lab").exists()
 
 
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,28 @@ def test_what_no_lab_can_be_made_of_is_said_at_once(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("mode", ["ospf", "vrrp"])
+def test_the_examples_miss_no_real_server(mode: str) -> None:
+    assert topology.absent(example(mode)) == []
+
+
+def test_real_servers_that_are_no_hosts(tmp_path: Path) -> None:
+    """By family, as clients ask for pages of both; pages of UDP they do not ask for."""
+    with pytest.raises(BuildError) as caught:
+        topology.absent(load(tmp_path, OSPF))
+    assert caught.value.details == (
+        "services[1].real_servers: no host has 2001:db8:5::1; nobody would answer at the IPv6 VIPs",
+    )
+
+    def udp(data: Any) -> None:
+        data["services"][1].update(protocol="UDP", check={"none": True})
+
+    assert topology.absent(load(tmp_path, OSPF, udp)) == [
+        "services[0].real_servers: no host has 198.51.100.2; the lab is without",
+        "services[1].real_servers: no host has 2001:db8:5::1; the lab is without",
+    ]
+
+
 # --- the router
 
 
