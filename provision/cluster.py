@@ -31,6 +31,8 @@ SCHEMA: Mapping[str, Any] = json.loads(Path(__file__).with_name("cluster.schema.
 _LONGEST_VRRP = 8  # RFC 2338's simple password; keepalived cuts a longer one
 _LONGEST_OSPF = 16  # RFC 2328, appendix D.3: the key of cryptographic authentication by MD5
 _LONGEST_VTY = 128
+# What FRR itself makes of a password: crypt(3) by DES. Hashes of other methods have a $, which no secret may have.
+_HASHED = re.compile(r"[./0-9A-Za-z]{13}")
 _MAX_TRUSTED = 64  # net.toa.trusted (Documentation/networking/toa.rst)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _NO_SECRET = Secret("")
@@ -229,7 +231,15 @@ class _Reader:
         if not isinstance(value, dict):
             return None
         found = self.secret(value.get("password"), "vty.password", _LONGEST_VTY)
-        return None if found is None else Vty(found, value.get("encrypted") is True)
+        encrypted = value.get("encrypted") is True
+        if found and found is not _NO_SECRET and encrypted and not _HASHED.fullmatch(found.value):
+            # FRR takes it without a word, and then nobody can log in.
+            self.problems.add(
+                "vty.password",
+                "with encrypted: true a hash is wanted, 13 characters as crypt(3) makes them by DES; "
+                "without it the password itself",
+            )
+        return None if found is None else Vty(found, encrypted)
 
     def instances(self, value: Any) -> Iterator[Instance]:
         names: dict[str, str] = {}

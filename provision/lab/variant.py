@@ -18,7 +18,8 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from provision import operations
 from provision.lab.topology import CONTROL, control_mac
 
-_MADE_UP = 4  # bytes, as 8 hex digits: VRRP takes no longer password
+_MADE_UP = 8  # hex digits: VRRP takes no longer password
+_HASH = 13  # characters of a hash; nobody knows a password that has it
 
 
 def write(source: Path, target: Path, public_key: str) -> None:
@@ -52,10 +53,13 @@ def change(folder: Path, secret_folder: Path, public_key: str, texts: dict[Path,
     """
 
     def edit(data: Any) -> None:
+        vty = data.get("vty") or {}
+        hashed = vty.get("password") if vty.get("encrypted") else None
         for item in list(_mappings(data)):
             if isinstance(name := item.get("env"), str) and len(item) == 1:
                 path = secret_folder / name
-                texts[path] = os.environ.get(name) or secrets.token_hex(_MADE_UP)
+                length = _HASH if item is hashed else _MADE_UP
+                texts[path] = os.environ.get(name) or secrets.token_hex(length)[:length]
                 del item["env"]
                 item["file"] = str(path.resolve())
             elif isinstance(name := item.get("file"), str):

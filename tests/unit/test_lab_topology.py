@@ -19,7 +19,7 @@ from tests.unit.clusters import OSPF, VRRP
 
 TOP = Path(__file__).resolve().parents[2]
 EXAMPLES = {mode: TOP / f"provision/examples/lab-{mode}.yaml" for mode in ("ospf", "vrrp")}
-SECRETS = {"OSPF_KEY": "ospf-key", "VTY_PASSWORD": "vty", "VRRP_PASSWORD": "vrrp"}
+SECRETS = {"OSPF_KEY": "ospf-key", "VTY_PASSWORD": "vty", "VTY_HASH": "ab1234567890.", "VRRP_PASSWORD": "vrrp"}
 Change = Callable[[Any], None]
 
 
@@ -265,6 +265,14 @@ def test_secrets_of_the_environment_are_kept_and_others_made_up(
     assert len(cluster.vty.password.value) == 8
     for name in ("OSPF_KEY", "VTY_PASSWORD"):
         assert (tmp_path / "secrets" / name).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_made_up_hash_has_the_form_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VTY_HASH")
+    target = tmp_path / "cluster.yaml"
+    variant.write(TOP / "provision/examples/manual-ospf.yaml", target, KEY)
+    cluster = clusters.load(target)
+    assert cluster.vty is not None and cluster.vty.encrypted
 
 
 def test_files_are_named_by_their_whole_path(tmp_path: Path) -> None:

@@ -592,7 +592,7 @@ def folder(tmp_path: Path) -> Path:
     place = tmp_path / "in"
     place.mkdir()
     secrets = {"ospf": "k3y\n", "vrrp": "s3cret", "long": "1234567890abcdefg", "words": "two words", "empty": "\n"}
-    for name, text in {**secrets, "open": "k3y"}.items():
+    for name, text in {**secrets, "open": "k3y", "hash": "k3y/k3y.k3y0A"}.items():
         (place / name).write_text(text, encoding="utf-8")
         (place / name).chmod(0o644 if name == "open" else 0o600)
     return place
@@ -668,6 +668,25 @@ def test_a_wrong_secret_is_not_told(folder: Path) -> None:
     assert problems and "1234567" not in "".join(problems.lines)
 
 
+@pytest.mark.parametrize("wrong", ["vrrp", "long"])
+def test_an_encrypted_password_is_a_hash(wrong: str, folder: Path) -> None:
+    """With another word nobody could log in, and nothing would say so."""
+    data = copy.deepcopy(OSPF)
+    data["vty"] = {"password": {"file": wrong}, "encrypted": True}
+    path = write(folder, data)
+    with pytest.raises(BuildError) as caught:
+        clusters.load(path)
+    (line,) = caught.value.details
+    assert line.startswith("vty.password: with encrypted: true a hash is wanted, 13 characters")
+    assert "s3cret" not in line and "1234567" not in line
+    assert clusters.load(path, secrets=False).vty
+    data["vty"]["encrypted"] = False
+    assert clusters.load(write(folder, data)).vty
+    data["vty"] = {"password": {"file": "hash"}, "encrypted": True}
+    vty = clusters.load(write(folder, data)).vty
+    assert vty is not None and vty.encrypted and vty.password == Secret("k3y/k3y.k3y0A")
+
+
 def test_hidden_in_what_a_checker_says() -> None:
     """A daemon repeats the line that it does not take."""
     for line in ("ip ospf message-digest-key 8 md5 k3y", "enable password 8 k3y", "auth_pass k3y"):
@@ -678,7 +697,7 @@ def test_hidden_in_what_a_checker_says() -> None:
 def test_hidden_in_what_is_shown(folder: Path, tmp_path: Path) -> None:
     """Every secret of a rendered file is found again by the words before it."""
     data = copy.deepcopy(OSPF)
-    data["vty"] = {"password": {"file": "vrrp"}, "encrypted": True}
+    data["vty"] = {"password": {"file": "hash"}, "encrypted": True}
     for base in (data, VRRP):
         render.render_cluster(write(folder, base), tmp_path / "out")
     count = 0
