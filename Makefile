@@ -19,5 +19,5 @@ test: setup ## run every test; builds what they need first
 lint: setup ## only the linters
 	@$(INVOKE) lint
 
-clean: setup ## remove what is in out/ (the store: invoke clean --store)
+clean: setup ## remove images from out/ (the store's results: invoke clean --store)
 	@$(INVOKE) clean

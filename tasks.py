@@ -131,11 +131,11 @@ def doctor(_c: Any) -> None:
     "dry_run",
     help={
         "store": "prune the artefact store instead",
-        "keep_results": "how many results of each stage the store keeps",
+        "keep_results": "how many of the newest results of each stage the store keeps; 0: none",
     },
 )
 def clean(_c: Any, store: bool = False, keep_results: int = 0) -> None:
-    """Remove what is in out/, or with --store what the artefact store holds."""
+    """Remove what is in out/ but for packages, unpacked trees and a lab; with --store the artefact store's results."""
     cleaning.clean(Store() if store else None, keep_results)
 
 

@@ -68,7 +68,9 @@ def shim_stage(store: Store, base: Stage, toolbox: Stage) -> Stage:
         sandbox = Sandbox(store.path(toolbox) / "root")
         provides = sorted({*libraries(sandbox, tree), *programs(tree), *packages(tree), _LOADER})
         if len(provides) < 500:  # a plain minbase gives 2400
-            raise BuildError(f"the base tree provides only {len(provides)} things", "invoke clean --store base-tree")
+            result = store.path(base)
+            hint = f"rm -r {result}   (then the same command again, which makes it anew)"
+            raise BuildError(f"the base tree provides only {len(provides)} things", hint)
         spec = shim_spec(provides, base.key)
         rpm.build(sandbox, spec, SHIM, [], out, what="building the base's provides", mode="-bb", defines=_DEFINES)
 

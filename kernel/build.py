@@ -573,7 +573,8 @@ def image(packages: Path, name: str) -> Path:
     """
     found = [path for path in packages.glob(f"kernel-{name}-[0-9]*.x86_64.rpm") if "-devel-" not in path.name]
     if len(found) != 1:
-        raise BuildError(f"{packages}: {len(found)} packages of kernel-{name}", "invoke clean --store")
+        hint = f"rm -r {packages}   (then the same command again, which makes it anew)"
+        raise BuildError(f"{packages}: {len(found)} packages of kernel-{name}", hint)
     return found[0]
 
 

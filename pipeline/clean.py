@@ -11,6 +11,7 @@ from pipeline.store import Store, remove_tree
 KEPT = {
     "work": "it may hold commits that are nowhere else; remove it by hand",
     "lab": "machines may run on its disks; invoke lab-down removes it",
+    "repository": "it has older versions of packages, which are nowhere else; remove it by hand",
 }
 
 
@@ -23,7 +24,7 @@ def clean(store: Store | None, keep: int) -> None:
 
 
 def clean_out(out: Path) -> None:
-    """Remove the finished artefacts; the trees of `invoke unpack` stay, and a lab."""
+    """Remove the finished artefacts; the trees of `invoke unpack` stay, the repository of packages, and a lab."""
     for path in sorted(out.iterdir()) if out.is_dir() else []:
         if path.name in KEPT:
             progress.note(f"{path} stays: {KEPT[path.name]}")

@@ -16,6 +16,7 @@ from invoke.tasks import Task, task
 
 from pipeline import progress, settings
 from pipeline.errors import BuildError
+from pipeline.store import MORE_SPACE
 
 # The flags that many tasks share: keyword, default, help.
 FLAGS: dict[str, tuple[Any, str]] = {
@@ -124,7 +125,5 @@ def fail(error: BuildError, status: int = 1) -> NoReturn:
 def _from_os(error: OSError) -> BuildError:
     place = error.filename or "the system"
     if error.errno == 28:
-        return BuildError(
-            f"{place}: the disk is full", "invoke clean --store   (or set LVSFORGE_STORE to a folder on a larger disk)"
-        )
+        return BuildError(f"{place}: the disk is full", MORE_SPACE)
     return BuildError(f"{place}: {error.strerror or error}", "the same command with --debug shows where")

@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline import apt, run, settings, vm
 from pipeline.errors import BuildError
 from pipeline.signing import SigningKey
-from pipeline.store import Store
+from pipeline.store import MORE_SPACE, Store
 
 # Measured with `du -sh` after `make image` from empty: 8.5, and 4 more while a kernel is packaged; rounded up.
 STORE_GB = 15
@@ -72,7 +72,7 @@ def examine(store: Store) -> Iterator[Finding]:
         free >= STORE_GB or _size_hint(store) > 0,
         "disk",
         f"{free:.0f} GB free under {store.root}; a full build from empty uses up to {STORE_GB} GB",
-        "invoke clean --store   (or set LVSFORGE_STORE)",
+        MORE_SPACE,
     )
     try:
         accelerator = vm.Accelerator.probe(store.root)

@@ -26,7 +26,7 @@ from pipeline.errors import BuildError
 KEY_LENGTH = 16  # hex digits of the SHA-256 that name a directory: 64 bits, no accident among thousands
 _RECORD = "inputs.json"
 _NO_SPACE = os.strerror(errno.ENOSPC)
-_MORE_SPACE = "invoke clean --store   (or set LVSFORGE_STORE to a folder on a larger disk)"
+MORE_SPACE = "invoke clean --store --keep-results 1   (or set LVSFORGE_STORE to a folder on a larger disk)"
 _NO_STAGES = frozenset({"tmp", "failed", "locks", "roots"})  # what else lies in the store; a build at work is in tmp
 
 
@@ -168,7 +168,7 @@ class Store:
                 text = [line.replace(str(work), str(kept)) for line in error.details]
                 error = BuildError(error.message, error.hint.replace(str(work), str(kept)), text)
             if any(_NO_SPACE in line for line in error.details):  # what a child said of the same thing
-                raise BuildError(f"the disk is full: {error.message}", _MORE_SPACE, error.details) from None
+                raise BuildError(f"the disk is full: {error.message}", MORE_SPACE, error.details) from None
             raise error
         finally:
             remove_tree(work)
@@ -254,7 +254,7 @@ class Store:
         if free < gigabytes:
             raise BuildError(
                 f"{what} needs {gigabytes:g} GB free under {self.root}, there are {free:.1f} GB",
-                _MORE_SPACE,
+                MORE_SPACE,
             )
 
 
@@ -263,7 +263,7 @@ def disk_full(where: Path, error: OSError) -> BuildError:
     place = error.filename or where
     return BuildError(
         f"the disk is full: {place}",
-        _MORE_SPACE,
+        MORE_SPACE,
         [f"{shutil.disk_usage(where).free / 1e9:.1f} GB are free under {where}"],
     )
 

@@ -14,6 +14,8 @@ def laid_out(out: Path) -> None:
     (out / "lvs-director" / "1" / "image.qcow2").write_text("image")
     (out / "work" / "kernel-lvs").mkdir(parents=True)
     (out / "work" / "kernel-lvs" / "mine.c").write_text("a day's work")
+    (out / "repository" / "x86_64").mkdir(parents=True)
+    (out / "repository" / "x86_64" / "older.rpm").write_text("a package that nobody builds any more")
     (out / "lab").mkdir()
     (out / "lab" / "state.json").write_text("{}")
 
@@ -21,7 +23,8 @@ def laid_out(out: Path) -> None:
 def test_artefacts_go_and_what_a_person_uses_stays(tmp_path: Path) -> None:
     laid_out(tmp_path)
     clean.clean_out(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["lab", "work"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lab", "repository", "work"]
+    assert (tmp_path / "repository" / "x86_64" / "older.rpm").exists()
     assert (tmp_path / "lab" / "state.json").exists()
     assert (tmp_path / "work" / "kernel-lvs" / "mine.c").read_text() == "a day's work"
 

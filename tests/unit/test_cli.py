@@ -60,7 +60,7 @@ def test_a_full_disk(capsys: pytest.CaptureFixture[str]) -> None:
     status, lines = ending(raising(OSError(errno.ENOSPC, "No space left on device", "/store/x")), capsys)
     assert status == 1
     assert lines[0] == "✗ /store/x: the disk is full"
-    assert "→ invoke clean --store" in lines[1]
+    assert "→ invoke clean --store --keep-results 1 " in lines[1]
 
 
 def test_any_other_system_error_names_its_file(capsys: pytest.CaptureFixture[str]) -> None:

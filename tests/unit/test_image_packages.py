@@ -9,6 +9,7 @@ import pytest
 from image import packages
 from pipeline import rpm
 from pipeline.errors import BuildError
+from pipeline.store import Stage, Store
 
 
 @pytest.mark.parametrize(
@@ -107,3 +108,14 @@ def test_failed_scriptlets_are_found() -> None:
     shell = "/var/tmp/rpm-tmp.FZJmlq: 4: cannot create /dev/null: Permission denied"  # noqa: S108  what dash says
     assert packages.failed_scriptlets(f"{shell}\n") == [shell]
     assert packages.failed_scriptlets("  Running scriptlet: toyd-1 1/1\nComplete!\n") == []
+
+
+def test_a_base_tree_that_lacks_nearly_everything_is_to_be_made_anew(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, toolbox = (Stage(name, {}, lambda out: None) for name in ("base-tree", "root-image"))
+    for name in ("libraries", "programs", "packages"):
+        monkeypatch.setattr(packages, name, lambda *_: {"/bin/sh"})
+    with pytest.raises(BuildError, match="provides only 2 things") as caught:
+        packages.shim_stage(store, base, toolbox).build(tmp_path)
+    assert caught.value.hint.startswith(f"rm -r {store.path(base)} ")

@@ -180,3 +180,9 @@ def test_an_unknown_key_in_a_flavour_is_refused(room: Path) -> None:
     with pytest.raises(BuildError) as caught:
         build.flavour("rs", room)
     assert "unknown key relese" in caught.value.details[0]
+
+
+def test_a_result_without_its_package_is_to_be_made_anew(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="0 packages of kernel-lvs") as caught:
+        build.image(tmp_path, "lvs")
+    assert caught.value.hint.startswith(f"rm -r {tmp_path} ")

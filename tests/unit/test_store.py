@@ -303,7 +303,7 @@ def test_a_full_disk_is_said_in_so_many_words(store: Store) -> None:
     with pytest.raises(BuildError) as caught:
         store.ensure(stage(build=build))
     assert caught.value.message == f"the disk is full: {store.root}"
-    assert caught.value.hint.startswith("invoke clean --store")
+    assert caught.value.hint.startswith("invoke clean --store --keep-results 1 ")
     assert leftovers(store) == []
     assert not store.has(stage())
 
@@ -316,7 +316,7 @@ def test_a_full_disk_is_recognised_in_what_a_child_says(store: Store) -> None:
     with pytest.raises(BuildError) as caught:
         store.ensure(stage(build=build))
     assert caught.value.message == "the disk is full: compiling: dd failed with exit status 1"
-    assert caught.value.hint.startswith("invoke clean --store")
+    assert caught.value.hint.startswith("invoke clean --store --keep-results 1 ")
     assert "No space left on device" in "\n".join(caught.value.details)
 
 
