@@ -115,7 +115,7 @@ def lint(_c: Any) -> None:
     testing.pytest("tests/unit/test_linters.py")
 
 
-@command(help={"verify": "hash every built result again and compare with its record"})
+@command(help={"verify": "hash the results' files again (packages, images; not root file systems and build trees)"})
 def status(_c: Any, verify: bool = False) -> None:
     """Show each stage, its key, whether it is built, and why it would be rebuilt."""
     _show(reporting.table(reporting.report(bake.final_stages(), Store(), verify=verify)))

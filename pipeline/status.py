@@ -48,7 +48,7 @@ def report(stages: Iterable[Stage], store: Store, *, verify: bool = False) -> li
     Args:
         stages: the final ones; what they need is found.
         store: where results are.
-        verify: hash the files of built results again and compare.
+        verify: hash the top-level files of built results again and compare.
     """
     rows = []
     for stage in closure(stages):

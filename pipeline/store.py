@@ -216,7 +216,7 @@ class Store:
             os.utime(self.path(stage) / _RECORD)
 
     def verify(self, path: Path) -> list[str]:
-        """Compare a result with the sizes and hashes recorded when it was finished; returns what differs."""
+        """Compare a result's top-level files with the sizes and hashes of its record; returns what differs."""
         record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
         wrong = []
         for name, (size, sha256) in record["files"].items():
