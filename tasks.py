@@ -264,9 +264,9 @@ def check_image(_c: Any, role: str = "") -> None:
     bake.check(role)
 
 
-@command(help={"role": "director or realserver", "seed": "a NoCloud ISO (see render); else a throw-away login"})
+@command(help={"role": "director or realserver", "seed": "a NoCloud ISO (see render); else a throw-away one"})
 def console(_c: Any, role: str, seed: str = "") -> None:
-    """Boot a throw-away overlay of an image with its console on this terminal."""
+    """Boot a throw-away overlay of an image with its console on this terminal; the ssh line that it prints logs in."""
     bake.console(role, Path(seed) if seed else None)
 
 
