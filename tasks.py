@@ -101,7 +101,7 @@ def bench_keepalived(_c: Any, json: str = "", rounds: int = 0) -> None:
     name="bench-synproxy",
     help={
         "json": "a file that takes the rows as JSON",
-        "rounds": "how many; 0: three, or ten where instructions cannot be counted",
+        "rounds": "how many; 0: five, or ten where instructions cannot be counted",
     },
 )
 def bench_synproxy(_c: Any, json: str = "", rounds: int = 0) -> None:
@@ -230,10 +230,10 @@ def build_kernel(_c: Any, flavour: str = "") -> None:
     "locked",
     "dry_run",
     name="build-tools",
-    help={"tool": "ipvsadm, keepalived or quagga; all when not given"},
+    help={"tool": "ipvsadm, keepalived, quagga or toa-bpf; all when not given"},
 )
 def build_tools(_c: Any, tool: str = "") -> None:
-    """Build the ipvsadm, keepalived and routing RPMs."""
+    """Build the ipvsadm, keepalived, routing and toa-bpf RPMs."""
     bake.build(tools_build.stages(tool))
 
 

@@ -95,7 +95,7 @@ def synproxy(ipvsadm: Stage, rounds: int = 0, file: Path | None = None) -> list[
 
     Args:
         ipvsadm: the stage of our ipvsadm's packages.
-        rounds: how many; 0: three, or ten where instructions cannot be counted.
+        rounds: how many; 0: five, or ten where instructions cannot be counted.
         file: takes the rows as JSON.
 
     Raises:

@@ -92,6 +92,25 @@ def command(*flags: str, help: dict[str, str] | None = None, **options: Any) -> 
     return decorate
 
 
+def goes_with(other: str, there: object, **given: object) -> None:
+    """Refuse options that would be passed over.
+
+    Args:
+        other: the option that they go with.
+        there: its value; an empty one is as good as none.
+        given: the options with their values.
+
+    Raises:
+        BuildError: one has a value, and the other option has none.
+    """
+    for name, value in given.items():
+        if value and not there:
+            option = name.replace("_", "-")
+            raise BuildError(
+                f"--{option} goes with --{other} only", f"the same command with --{other}, or without --{option}"
+            )
+
+
 def boundary(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a task: errors become text with a next step, work done is summed up at the end."""
 

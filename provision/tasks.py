@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import progress, settings
-from pipeline.cli import command
+from pipeline.cli import command, goes_with
 from provision import apply as applying
 from provision import bench, checking, operations, rollout
 from provision import cluster as clusters
@@ -115,7 +115,7 @@ def inventory(_c: Any, cluster: str, out: str = "out/hosts") -> None:
 # --- daily operations (manual, section 4)
 
 _SERVICE = {"service": "its name in the cluster file"}
-_REAL = {**_ROLL, **_SERVICE, "address": "of the real server", "port": "of the real server; 0: the service's first"}
+_REAL = {**_ROLL, **_SERVICE, "address": "of the real server", "port": "of the real server; 0: the service's only one"}
 _VIP = {**_ROLL, **_SERVICE, "vip": "the address"}
 _LOCAL = {
     **_ROLL,
@@ -169,7 +169,7 @@ def remove_real_server(
     help={
         **_VIP,
         "like": "the service that a new one, with this VIP, has everything else from",
-        "port": "of a new service; 0: those of the other",
+        "port": "of a new service, with --like; 0: those of the other",
     },
 )
 def add_vip(
@@ -184,6 +184,7 @@ def add_vip(
     drain: float = 60.0,
 ) -> None:
     """Add a VIP to a service, or a new service with it (manual 4.2)."""
+    goes_with("like", like, port=port)
     options = rollout.Options(apply, _where(ssh_config), drain)
     rollout.perform(Path(cluster), operations.add_vip(service, vip, like, port), options)
 

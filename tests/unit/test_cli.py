@@ -6,6 +6,7 @@ import errno
 import inspect
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from invoke.collection import Collection
 from invoke.program import Program
 
 from pipeline import progress, settings
-from pipeline.cli import FLAGS, boundary, command, fail
+from pipeline.cli import FLAGS, boundary, command, fail, goes_with
 from pipeline.errors import BuildError
+from provision import tasks as provision
 
 
 def ending(
@@ -210,3 +212,26 @@ def test_results_go_where_the_variable_says(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("LVSFORGE_OUT")
     assert settings.out() == settings.TOP / "out"
     assert (settings.TOP / "pyproject.toml").exists()
+
+
+# --- options that go together
+
+
+@pytest.mark.parametrize("given", [{"port": 80}, {"most_rounds": "3"}])
+def test_an_option_that_would_be_passed_over_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(BuildError) as caught:
+        goes_with("like", "", **given)
+    (name,) = (key.replace("_", "-") for key in given)
+    assert caught.value.message == f"--{name} goes with --like only"
+    goes_with("like", "shop", **given)
+    goes_with("like", "", port=0)
+
+
+def test_a_port_of_a_vip_is_one_of_a_new_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused before the cluster file is looked at."""
+    task = next(task for task in Collection.from_module(provision).tasks.values() if task.name == "add-vip")
+    words = ["--cluster", str(tmp_path / "none.yaml"), "--service", "shop", "--vip", "203.0.113.9", "--port", "80"]
+    with pytest.raises(SystemExit) as caught:
+        Program(namespace=Collection(task)).run(["invoke", "add-vip", *words])
+    assert caught.value.code == 1
+    assert "✗ --port goes with --like only" in capsys.readouterr().err
