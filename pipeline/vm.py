@@ -28,9 +28,8 @@ QEMU = "qemu-system-x86_64"
 # 30 s under TCG where KVM needs about 5; a loaded machine doubles that.
 _TCG_SCALE = 6.0
 # qemu64 boots about 15 % faster than max (udev loads fewer modules), and Debian is built for it. Without cmpxchg16b:
-# QEMU before 8.0 computes its flags from an operation before the last one, and can leave half of an operand as EFLAGS.
-# Linux allocates memory with that instruction where CPUID names it; interrupted right then, it ran on with the
-# direction or the trap flag set, and panicked, once in some hours of four machines. What Linux does instead is right.
+# QEMU before 8.0 takes its flags from an operation before the last one, and can leave half of an operand as EFLAGS.
+# Linux allocates memory with it; interrupted right then, it ran on with a wrong direction flag, and panicked.
 _TCG_CPU = "qemu64,-cx16"
 _CONSOLE_TAIL = 30
 _BANNER = b"SSH-"
