@@ -23,7 +23,8 @@ pytestmark = pytest.mark.build
 
 def networks() -> list[str]:
     """This machine's own interfaces, addresses and routes."""
-    commands = (["ip", "-o", "link"], ["ip", "-o", "address"], ["ip", "route"], ["ls", "/run/netns"])
+    # Brief: without lifetimes, which count down where an address is of DHCP or of a router's prefix.
+    commands = (["ip", "-o", "link"], ["ip", "-br", "address"], ["ip", "route"], ["ls", "/run/netns"])
     return [run.run(command, check=False).stdout for command in commands]
 
 
