@@ -166,9 +166,9 @@ class Cluster:
             found.goes_on(20)
             yield found
 
-    def note(self, story: str, event: str, requests: list[Request], limit: str = "") -> Row:
+    def note(self, story: str, event: str, requests: list[Request], limit: str = "", also: str = "") -> Row:
         """Write the numbers down, and say them."""
-        row = Row.of(f"{story} ({self.mode})", event, requests, limit)
+        row = Row.of(f"{story} ({self.mode})", event, requests, limit, also)
         notes.note(settings.out() / NOTES, row)
         print(f"{row.line}  {summary(requests)}")
         return row

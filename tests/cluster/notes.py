@@ -9,8 +9,8 @@ from pathlib import Path
 from tests.cluster.traffic import Request, failed, outage
 
 _HEAD = [
-    "| story | what happened | outage, s | failed / requests | limit, s |",
-    "|---|---|---|---|---|",
+    "| story | what happened | outage, s | failed / requests | limit, s | also |",
+    "|---|---|---|---|---|---|",
 ]
 
 
@@ -20,10 +20,11 @@ class Row:
 
     Attributes:
         story: its name.
-        event: what happened in it.
+        event: what happened in it, in the same words each time: by them a later row finds the one that it replaces.
         outage: seconds of the longest outage; None where no requests were made.
         failed, total: requests.
         limit: what the story allows, as text.
+        also: what else was measured, as text.
     """
 
     story: str
@@ -32,23 +33,24 @@ class Row:
     failed: int
     total: int
     limit: str = ""
+    also: str = ""
 
     @classmethod
-    def of(cls, story: str, event: str, requests: Sequence[Request], limit: str = "") -> Row:
+    def of(cls, story: str, event: str, requests: Sequence[Request], limit: str = "", also: str = "") -> Row:
         """A row about requests."""
-        return cls(story, event, outage(requests), len(failed(requests)), len(requests), limit)
+        return cls(story, event, outage(requests), len(failed(requests)), len(requests), limit, also)
 
     @property
     def line(self) -> str:
         """It in the table."""
         took = "" if self.outage is None else f"{self.outage:.1f}"
-        return f"| {self.story} | {self.event} | {took} | {self.failed} / {self.total} | {self.limit} |"
+        return f"| {self.story} | {self.event} | {took} | {self.failed} / {self.total} | {self.limit} | {self.also} |"
 
 
 def merged(text: str, row: Row) -> str:
     """The table with a row, in place of an older one of the same story and event."""
     same = f"| {row.story} | {row.event} |"
-    lines = [line for line in text.splitlines() if line.startswith("|") and line not in _HEAD]
+    lines = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| story |")]
     place = next((n for n, line in enumerate(lines) if line.startswith(same)), len(lines))
     lines[place : place + 1] = [row.line]
     return "\n".join([*_HEAD, *lines]) + "\n"

@@ -292,9 +292,8 @@ def test_a_lost_quorum_withdraws_the_vip(cluster: Cluster) -> None:
         _routed(cluster, vips, set(cluster.directors), begun + limit + slack(cluster))
         back = time.monotonic() - begun
     requests = clients.so_far()
-    cluster.note(
-        "4 real server", f"no quorum: withdrawn after {gone:.1f} s, back after {back:.1f} s", requests, f"{limit:g}"
-    )
+    also = f"withdrawn after {gone:.1f} s, back after {back:.1f} s"
+    cluster.note("4 real server", "no quorum", requests, f"{limit:g}", also)
     assert not failed(requests)
     cluster.whole()
 
@@ -488,8 +487,8 @@ def test_a_flood_leaves_real_traffic_alone(cluster: Cluster) -> None:
     requests = clients.so_far()
     during = [each for each in requests if begun < each.begun < ended]
     shop = [each for each in during if each.target == f"{vip} {port}"]
-    event = f"{sent} SYNs in {FLOOD_SECONDS} s, {len(known - real)} of their senders remembered"
-    cluster.note("6 flood", event, during, "0")
+    also = f"{sent} SYNs in {FLOOD_SECONDS} s, {len(known - real)} of their senders remembered"
+    cluster.note("6 flood", "SYNs", during, "0", also)
     assert not failed(requests), failed(requests)[:5]
     assert len(shop) > 20, "real clients asked the flooded VIP meanwhile"
     # Nobody is remembered who has not completed a handshake.
@@ -547,8 +546,8 @@ def test_directors_are_upgraded_one_by_one(cluster: Cluster) -> None:
             periods.append((begun, time.monotonic()))
         clients.goes_on()
     requests = clients.so_far()
-    event = f"{Path(before).stem} to {image.stem}, two directors"
-    cluster.note("7 upgrade", event, requests, "re-hashed only")
+    also = f"{Path(before).stem} to {image.stem}"
+    cluster.note("7 upgrade", "two directors", requests, "re-hashed only", also)
     moved = len(CLIENTS) * WORKERS * len(cluster.targets())
     left = failed(requests)
     for period in periods:

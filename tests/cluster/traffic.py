@@ -59,7 +59,7 @@ def outage(requests: Sequence[Request]) -> float:
     """
     stretches: list[list[Request]] = []
     for each in failed(requests):
-        if not stretches or each.begun - stretches[-1][-1].ended > TIMEOUT:
+        if not stretches or each.begun - max(one.ended for one in stretches[-1]) > TIMEOUT:
             stretches.append([])
         stretches[-1].append(each)
     longest = 0.0

@@ -169,6 +169,8 @@ def test_outage() -> None:
     # The way back costs something much later: another one.
     assert outage([*mixed, request(30, "x"), request(31)]) == 2.5
     assert outage([*mixed, request(30, "x"), request(34)]) == 4.0
+    # Who gave up last need not be who asked last.
+    assert outage([request(0, "x", took=4), request(1, "x"), request(2), request(5.5, "x"), request(6)]) == 6.0
     with pytest.raises(ValueError, match="no good request after the last that failed"):
         outage([request(0), request(1, "x")])
 
@@ -268,12 +270,23 @@ def test_a_client_writes_what_became_of_each(tmp_path: Path, monkeypatch: pytest
 def test_rows_of_numbers(tmp_path: Path) -> None:
     file = tmp_path / "out" / "cluster-stories.md"
     notes.note(file, Row.of("5 failures (ospf)", "power cut", [request(0), request(1, "x"), request(3)], "12"))
-    notes.note(file, Row("6 flood (ospf)", "SYNs", 0.0, 0, 9))
+    notes.note(file, Row("6 flood (ospf)", "SYNs", 0.0, 0, 9, also="8000 in 20 s"))
     notes.note(file, Row("5 failures (ospf)", "power cut", 4.25, 2, 100, "12"))
+    notes.note(file, Row("6 flood (ospf)", "SYNs", 0.0, 0, 9, also="7980 in 20 s"))
     assert file.read_text(encoding="utf-8").splitlines() == [
-        "| story | what happened | outage, s | failed / requests | limit, s |",
-        "|---|---|---|---|---|",
-        "| 5 failures (ospf) | power cut | 4.2 | 2 / 100 | 12 |",
-        "| 6 flood (ospf) | SYNs | 0.0 | 0 / 9 |  |",
+        "| story | what happened | outage, s | failed / requests | limit, s | also |",
+        "|---|---|---|---|---|---|",
+        "| 5 failures (ospf) | power cut | 4.2 | 2 / 100 | 12 |  |",
+        "| 6 flood (ospf) | SYNs | 0.0 | 0 / 9 |  | 7980 in 20 s |",
     ]
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_an_older_table_keeps_its_rows_and_gets_the_new_head() -> None:
+    older = "| story | what happened |\n|---|---|\n| 1 traffic (ospf) | nothing |\n"
+    assert notes.merged(older, Row("2 traffic (vrrp)", "nothing", None, 0, 0)).splitlines() == [
+        "| story | what happened | outage, s | failed / requests | limit, s | also |",
+        "|---|---|---|---|---|---|",
+        "| 1 traffic (ospf) | nothing |",
+        "| 2 traffic (vrrp) | nothing |  | 0 / 0 |  |  |",
+    ]
