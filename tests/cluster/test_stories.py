@@ -204,10 +204,11 @@ def points(cluster: Cluster, *hosts: str, services: tuple[str, ...]) -> frozense
 
 
 def taken_out(cluster: Cluster, down: frozenset[str], seconds: float) -> float:
-    """Wait until all directors hold everything but these; returns the moment."""
+    """Wait until all directors hold everything but these, within these seconds together; returns the moment."""
+    end = time.monotonic() + seconds
     master = "" if cluster.mode == "ospf" else cluster.master()
     for name in cluster.directors:
-        cluster.holds(name, seconds, down=down, master=name == master)
+        cluster.holds(name, max(0.0, end - time.monotonic()), down=down, master=name == master)
     return time.monotonic()
 
 
