@@ -44,6 +44,11 @@ def slack(cluster: Cluster) -> float:
     return cluster.lab.seconds(SEEING)
 
 
+def allowed(cluster: Cluster, limit: float) -> str:
+    """A limit of the protocols in seconds, and what a story allows beyond, for the table."""
+    return f"{limit:.3g} + {slack(cluster):.3g}"
+
+
 def check_seconds(cluster: Cluster, name: str) -> float:
     """How long a service's health check may take to find a real server dead: a round, and every try's time-out."""
     service = next(each for each in cluster.data["services"] if each["name"] == name)
@@ -234,7 +239,7 @@ def _judge(
 ) -> list[Request]:
     """Write down what clients saw: nothing failed before the event, and nothing that began after its end."""
     requests = clients.so_far()
-    cluster.note(story, event, requests, f"{limit:g}")
+    cluster.note(story, event, requests, allowed(cluster, limit))
     bad = failed(requests)
     assert not [each for each in bad if each.ended < begun], "before it happened"
     late = [each for each in bad if each.begun > end]
@@ -278,7 +283,7 @@ def test_a_lost_quorum_withdraws_the_vip(cluster: Cluster) -> None:
         back = time.monotonic() - begun
     requests = clients.so_far()
     also = f"withdrawn after {gone:.1f} s, back after {back:.1f} s"
-    cluster.note("4 real server", "no quorum", requests, f"{limit:g}", also)
+    cluster.note("4 real server", "no quorum", requests, allowed(cluster, limit), also)
     assert not failed(requests)
     cluster.whole()
 
@@ -365,7 +370,7 @@ def _recovers(
         cluster.whole()
         clients.goes_on()
     requests = clients.so_far()
-    cluster.note("5 failures", event, requests, f"{limit:g}")
+    cluster.note("5 failures", event, requests, allowed(cluster, limit))
     late = [each for each in failed(requests) if begun + limit + slack(cluster) < each.begun < back]
     assert not late, f"{event}: {len(late)} began more than {limit:g} s after it: {late[:3]}"
 
@@ -433,7 +438,7 @@ def test_the_router_restarts(cluster: Cluster) -> None:
         cluster.whole()
         clients.goes_on()
     requests = clients.so_far()
-    cluster.note("5 failures", "router restart", requests, f"{limit:g}")
+    cluster.note("5 failures", "router restart", requests, allowed(cluster, limit))
     late = [each for each in failed(requests) if each.begun > begun + limit + slack(cluster)]
     assert not late, late[:3]
 
