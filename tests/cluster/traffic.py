@@ -76,6 +76,21 @@ def under_way(requests: Sequence[Request], period: tuple[float, float]) -> list[
     return [each for each in requests if each.begun <= period[1] and each.ended >= period[0]]
 
 
+def not_moved(bad: Sequence[Request], periods: Sequence[tuple[float, float]], most: int) -> list[Request]:
+    """The failures that no move of connections' paths explains.
+
+    Args:
+        bad: requests that failed.
+        periods: in which paths moved.
+        most: how many of those that were under way then may fail in each period.
+    """
+    left = list(bad)
+    for period in periods:
+        here = under_way(left, period)[:most]
+        left = [each for each in left if each not in here]
+    return left
+
+
 def summary(requests: Sequence[Request]) -> str:
     """How many failed, of how many, and in which ways."""
     bad = failed(requests)

@@ -16,7 +16,7 @@ from provision import cluster as clusters
 from tests.cluster import again, load, notes, oracle
 from tests.cluster.notes import Row
 from tests.cluster.oracle import Holding, Service
-from tests.cluster.traffic import Request, failed, outage, read, summary, under_way
+from tests.cluster.traffic import Request, failed, not_moved, outage, read, summary, under_way
 from tests.unit.test_lab_topology import EXAMPLES
 
 
@@ -194,6 +194,15 @@ def test_what_was_under_way() -> None:
     assert under_way(some, (0.0, 5.0)) == some[:2]
     assert under_way(some, (2.5, 4.5)) == []
     assert under_way(some, (9.0, 19.0)) == [some[1]]
+
+
+def test_what_no_move_of_paths_explains() -> None:
+    some = [request(n, "x", took=4) for n in (1, 2, 3, 20, 30)]
+    assert not_moved(some, [(5.0, 6.0), (22.0, 40.0)], 3) == []
+    # More than may have been under way, and one that began when all was over.
+    assert not_moved(some, [(5.0, 6.0), (22.0, 29.0)], 2) == [some[2], some[4]]
+    assert not_moved(some[:1], [(5.1, 6.0)], 2) == some[:1]
+    assert not_moved(some, [], 2) == some
 
 
 # --- a client
