@@ -3,7 +3,8 @@
     pytest -m long tests/cluster                       # boots a lab of each mode, one after the other, and ends it
     LVSFORGE_LAB=out/lab pytest -m long tests/cluster  # on the lab that `invoke lab-up` has left there, of its mode
 
-The second way is for repeating: a story leaves the cluster as it found it.
+The second way is for repeating: a story leaves the cluster as it found it, but for $LVSFORGE_NEXT, an image on which
+the upgrade leaves the directors.
 """
 
 from __future__ import annotations

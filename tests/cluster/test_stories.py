@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 import yaml
 
-from image import verify
 from pipeline import progress, run, settings
 from provision.checks.test_high import ENOUGH
 from provision.lab import machines
@@ -201,9 +200,9 @@ def in_order(data: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def broken(lab: Lab, name: str, how: str, mend: str) -> Iterator[None]:
-    """Something that is broken on a host during a block."""
-    lab.ask(name, how)
+    """Something that is broken on a host during a block; mended, too, where it was broken by half."""
     try:
+        lab.ask(name, how)
         yield
     finally:
         lab.ask(name, mend)
@@ -211,7 +210,7 @@ def broken(lab: Lab, name: str, how: str, mend: str) -> Iterator[None]:
 
 def sick(lab: Lab, name: str, port: int) -> contextlib.AbstractContextManager[None]:
     """A real server that answers 500 on a port during a block."""
-    return broken(lab, name, f"touch /run/web-500-{port}", f"rm /run/web-500-{port}")
+    return broken(lab, name, f"touch /run/web-500-{port}", f"rm -f /run/web-500-{port}")
 
 
 def points(cluster: Cluster, *hosts: str, services: tuple[str, ...]) -> frozenset[str]:
@@ -519,16 +518,11 @@ def test_a_flood_leaves_real_traffic_alone(cluster: Cluster) -> None:
 
 
 def _next_image(cluster: Cluster) -> Path:
-    """Another director's image than the lab has: $LVSFORGE_NEXT, another one in the store, or a copy of its own."""
+    """Another image for directors: $LVSFORGE_NEXT, or a copy of theirs: later stories test the same software."""
     if given := os.environ.get("LVSFORGE_NEXT"):
         return settings.TOP / given
     now = Path(cluster.lab.state.images["director"])
-    others = [verify.qcow2(result) for result in cluster.lab.store.results("image-director")]
-    others = [path for path in others if path.resolve() != now.resolve()]
-    if others:
-        return others[0]
-    copy = cluster.lab.folder / f"{now.stem}-copy.qcow2"
-    return Path(shutil.copyfile(now, copy))
+    return Path(shutil.copyfile(now, cluster.lab.folder / f"{now.stem}-copy.qcow2"))
 
 
 def drain(cluster: Cluster, name: str) -> None:
@@ -661,7 +655,7 @@ def test_a_full_disk_leaves_a_host_as_it_was(cluster: Cluster) -> None:
     full = order[-1]["name"]
     before = _stamps(cluster)[full]
     with edited(cluster, _sysctl_everywhere):
-        with broken(lab, full, FILL, "rm -r /full"):
+        with broken(lab, full, FILL, "rm -rf /full"):
             result = cluster.invoke("apply", check=False)
             said = result.stdout + result.stderr
             assert result.returncode == 1 and full in said and re.search("No space left|could not be written", said), (
