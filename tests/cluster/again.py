@@ -1,6 +1,6 @@
 """Pages by source ports that are known, all at once; prints a line of JSON for each: its port, and what went wrong.
 
-    python -m tests.cluster.again SECONDS OWN-ADDRESS ADDRESS PORT SOURCE-PORT...
+    python -m tests.cluster.again '[["OWN-ADDRESS", "ADDRESS", PORT, SOURCE-PORT, SECONDS], ...]'
 
 Run as a program on a client's network. Source port 0 is one that the kernel chooses. Who gives up leaves nothing
 behind: the port can be taken again at once.
@@ -37,11 +37,10 @@ def ask(own: str, address: str, port: int, source: int, seconds: float) -> dict[
 
 
 def main() -> None:
-    """Ask by all of them."""
-    seconds, own, address, port = float(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
-    sources = [int(word) for word in sys.argv[5:]]
-    with concurrent.futures.ThreadPoolExecutor(len(sources)) as pool:
-        for said in pool.map(lambda source: ask(own, address, port, source, seconds), sources):
+    """Ask for all of them."""
+    pages = json.loads(sys.argv[1])
+    with concurrent.futures.ThreadPoolExecutor(len(pages)) as pool:
+        for said in pool.map(lambda each: ask(*each), pages):
             print(json.dumps(said))
 
 

@@ -259,6 +259,18 @@ def test_a_port_can_be_taken_again_at_once() -> None:
 
 
 @pytest.mark.network_local
+def test_several_targets_are_asked_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as free:
+        ports = [each.getsockname()[1] for each in (silent, free)]
+        free.close()
+        pages = [("127.0.0.1", "127.0.0.1", port, 0, 0.1) for port in ports]
+        monkeypatch.setattr("sys.argv", ["again", json.dumps(pages)])
+        again.main()
+    errors = [json.loads(line)["error"] for line in capsys.readouterr().out.splitlines()]
+    assert errors == ["TimeoutError: timed out", "ConnectionRefusedError: [Errno 111] Connection refused"]
+
+
+@pytest.mark.network_local
 def test_a_client_writes_what_became_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
