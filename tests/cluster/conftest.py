@@ -174,27 +174,13 @@ class Cluster:
         print(f"{row.line}  {summary(requests)}")
         return row
 
-    def checks(self, client: bool = True) -> dict[tuple[str, str], tuple[str, str]]:
+    def checks(self) -> dict[tuple[str, str], tuple[str, str]]:
         """`invoke check`: by host and check, its result and what it said."""
         out = self.work / "check.json"
         out.unlink(missing_ok=True)
-        words = ["--client", "client-1"] if client else []
-        result = self.invoke("check", *words, "--json", str(out), check=False)
+        result = self.invoke("check", "--client", "client-1", "--json", str(out), check=False)
         assert out.exists(), result.stdout + result.stderr
         return {(e["host"], e["check"]): (e["result"], e["message"]) for e in json.loads(out.read_text("utf-8"))}
-
-    def green(self, client: bool = False) -> None:
-        """Wait until no check fails."""
-        failed: list[str] = []
-
-        def whole() -> bool:
-            found = self.checks(client).items()
-            failed[:] = [f"{host}: {check}: {said}" for (host, check), (result, said) in found if result == "failed"]
-            return not failed
-
-        run.wait_until(
-            whole, deadline=self.lab.seconds(60), what="all checks are green", hint="-", tail_of=lambda: failed
-        )
 
     def whole(self) -> None:
         """Wait until it is as it was when it came up: every host holds what it should, routes are there."""
