@@ -405,7 +405,7 @@ def up(source: Path, folder: Path, memory: int, parts: Parts) -> Lab:
     """
     require_root()
     with state.alone(folder):
-        _judge_folder(folder)
+        left = _judge_folder(folder, source)
         cluster = clusters.load(source, secrets=False)
         topology = build(cluster)
         for line in absent(cluster):
@@ -413,6 +413,9 @@ def up(source: Path, folder: Path, memory: int, parts: Parts) -> Lab:
         _judge_memory(len(topology.of("director", "realserver")), memory, _available())
         images = {role: str(parts.image(role)) for role in _roles(topology)}
         where = tree(Store(), root(Store()))
+        if left is not None:
+            _keep_edits(folder)
+            _forget(left)
         lab = prepare(source, folder, State(folder, str(source), memory, time.time(), root=str(where), images=images))
         try:
             _boot(lab, parts)
@@ -440,7 +443,15 @@ def _roles(topology: Topology) -> list[str]:
     return list(dict.fromkeys(node.kind for node in topology.nodes if node.is_machine))
 
 
-def _judge_folder(folder: Path) -> None:
+def _judge_folder(folder: Path, source: Path) -> State | None:
+    """Judge where a lab is to be.
+
+    Returns:
+        The lab of before the machine's last boot that is to make way, or None.
+
+    Raises:
+        BuildError: a lab runs there, what is there is no lab, or the cluster file would go with the lab.
+    """
     written = State.read(folder)
     if written is not None and (alive := written.alive):
         raise BuildError(
@@ -449,8 +460,21 @@ def _judge_folder(folder: Path) -> None:
         )
     if written is None and folder.exists() and any(folder.iterdir()):
         raise BuildError(f"{folder} is there and is no lab", f"mv {folder} {folder}.old   (or choose another --dir)")
-    if written is not None:
-        _forget(written)  # of before the machine's last boot
+    if written is not None and source.resolve().is_relative_to(folder.resolve()):
+        # A lab's copy has the lab's NICs already, and secrets in this folder: no other lab comes up with it.
+        raise BuildError(
+            f"{source} is of the lab in {folder}, which has ended and would be replaced",
+            f"invoke lab-up --cluster {written.source}   (or another file outside of that folder)",
+        )
+    return written
+
+
+def _keep_edits(folder: Path) -> None:
+    """Move a lab's cluster file out of its folder, which goes, where somebody has changed it since the lab came up."""
+    file, started = folder / "cluster.yaml", folder / "started.yaml"
+    if file.exists() and started.exists() and file.read_bytes() != started.read_bytes():
+        kept = file.rename(folder.with_name(f"{folder.name}.cluster.yaml.old"))
+        progress.note(f"the cluster file of the last lab in {folder} had been changed: it is {kept} now")
 
 
 def _judge_memory(count: int, memory: int, available: int) -> None:

@@ -140,16 +140,64 @@ def test_a_folder_of_something_else_stays(tmp_path: Path) -> None:
     assert (tmp_path / "thesis").exists()
 
 
-@pytest.mark.usefixtures("root")
-def test_what_is_left_of_before_a_reboot_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, sockets = tmp_path / "lab", tmp_path / "sockets"
-    for each in (folder, sockets):
+@pytest.fixture
+def ready(root: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that lab-up needs is there; nothing is rendered, and nothing boots."""
+    monkeypatch.setattr(labs, "_available", lambda: 100_000)
+    monkeypatch.setattr(labs, "tree", lambda *_: Path("/root"))
+    monkeypatch.setattr(labs, "prepare", lambda _source, _folder, written: labs.Lab(written))
+    monkeypatch.setattr(labs, "_boot", lambda *_: None)
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> State:
+    """A lab of before the machine's last boot."""
+    written = State(tmp_path / "lab", "mine.yaml", sockets=str(tmp_path / "sockets"), processes={"lvs-1": ENDED})
+    for each in (written.folder, tmp_path / "sockets"):
         each.mkdir()
-    State(folder, "mine.yaml", sockets=str(sockets), processes={"lvs-1": ENDED}).write()
+    for name in ("cluster.yaml", "started.yaml"):
+        (written.folder / name).write_text("as it came up\n")
+    written.write()
+    return written
+
+
+@pytest.mark.usefixtures("ready")
+def test_what_is_left_of_before_a_reboot_goes(left: State, events: Recorder) -> None:
+    labs.up(EXAMPLES["ospf"], left.folder, 512, PARTS)
+    assert not left.folder.exists() and not Path(left.sockets).exists()
+    assert not left.folder.with_name("lab.cluster.yaml.old").exists() and not events.texts("note")
+
+
+@pytest.mark.usefixtures("ready")
+def test_a_changed_cluster_file_of_before_a_reboot_is_kept(left: State, events: Recorder) -> None:
+    (left.folder / "cluster.yaml").write_text("with another VIP\n")
+    labs.up(EXAMPLES["ospf"], left.folder, 512, PARTS)
+    kept = left.folder.with_name("lab.cluster.yaml.old")
+    assert not left.folder.exists() and kept.read_text() == "with another VIP\n"
+    assert events.texts("note")[0].endswith(f"had been changed: it is {kept} now")
+
+
+@pytest.mark.usefixtures("ready")
+def test_what_is_left_stays_where_nothing_can_come_up(left: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(role: str) -> Path:
+        raise BuildError(f"no {role} image", "-")
+
+    with pytest.raises(BuildError, match="typo does not exist"):
+        labs.up(Path("typo"), left.folder, 512, PARTS)
+    with pytest.raises(BuildError, match="no director image"):
+        labs.up(EXAMPLES["ospf"], left.folder, 512, replace(PARTS, image=nowhere))
     monkeypatch.setattr(labs, "_available", lambda: 100)
     with pytest.raises(BuildError, match="not enough memory"):
-        labs.up(EXAMPLES["ospf"], folder, 512, PARTS)
-    assert not folder.exists() and not sockets.exists()
+        labs.up(EXAMPLES["ospf"], left.folder, 512, PARTS)
+    assert (left.folder / "cluster.yaml").exists() and Path(left.sockets).exists()
+
+
+@pytest.mark.usefixtures("ready")
+def test_a_labs_own_cluster_file_makes_no_other_lab(left: State) -> None:
+    with pytest.raises(BuildError, match=r"cluster\.yaml is of the lab in .*lab, which has ended") as caught:
+        labs.up(left.folder / "cluster.yaml", left.folder, 512, PARTS)
+    assert caught.value.hint.startswith("invoke lab-up --cluster mine.yaml ")
+    assert (left.folder / "cluster.yaml").exists()
 
 
 @pytest.mark.usefixtures("root")
