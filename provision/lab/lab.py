@@ -50,6 +50,16 @@ def root(store: Store) -> Root:
     return Root("root-lab", RECIPE, store, offline=settings.current.offline)
 
 
+def typed(path: Path) -> str:
+    """A path as one types it in the checkout."""
+    return str(path.relative_to(settings.TOP)) if path.is_relative_to(settings.TOP) else shlex.quote(str(path))
+
+
+def own(folder: Path) -> str:
+    """What a task's words need beside its name to mean the lab in this folder; nothing for the folder without --dir."""
+    return "" if folder == settings.TOP / "out/lab" else f" --dir {typed(folder)}"
+
+
 class Lab:
     """A lab that is up, or on its way there.
 
@@ -73,7 +83,8 @@ class Lab:
         """
         written = State.read(folder)
         if written is None or not written.alive:
-            raise BuildError(f"no lab is up in {folder}", "invoke lab-up --cluster provision/examples/lab-ospf.yaml")
+            hint = f"invoke lab-up --cluster provision/examples/lab-ospf.yaml{own(folder)}"
+            raise BuildError(f"no lab is up in {folder}", hint)
         return cls(written)
 
     def close(self) -> None:
@@ -133,7 +144,7 @@ class Lab:
         """
         running = self.state.processes.get(name)
         if running is None or not running.alive:
-            raise BuildError(f"{name} does not run", "invoke lab-status")
+            raise BuildError(f"{name} does not run", f"invoke lab-status{own(self.folder)}")
         return Space(name, running.pid, self.state.inner[name])
 
     def start_space(self, node: Node) -> None:
@@ -276,7 +287,7 @@ class Lab:
                 lambda port=port: self.try_to(SWITCH, f"ip link show {port}").returncode != 0,  # type: ignore[misc]
                 deadline=self.seconds(5),
                 what=f"{name}: {port} is gone",
-                hint="invoke lab-ssh switch -- ip link",
+                hint=f"invoke lab-ssh switch{own(self.folder)} -- ip link",
             )
 
     def shut_down(self, name: str) -> None:
@@ -336,7 +347,7 @@ class Lab:
             check=check,
             timeout=self.seconds(seconds),
             what=f"on {name}",
-            hint=f"invoke lab-ssh {name}",
+            hint=f"invoke lab-ssh {name}{own(self.folder)}",
             shown=shlex.join(["lab-ssh", name, "--", command]),
         )
 
@@ -350,7 +361,7 @@ class Lab:
             lambda: self.try_to(name, command).returncode == 0,
             deadline=self.seconds(seconds),
             what=f"{name}: {what}",
-            hint=f"invoke lab-ssh {name} -- {shlex.quote(command)}",
+            hint=f"invoke lab-ssh {name}{own(self.folder)} -- {shlex.quote(command)}",
             tail_of=lambda: self.try_to(name, command).stdout.splitlines()[-20:],
         )
 
@@ -420,7 +431,8 @@ def up(source: Path, folder: Path, memory: int, parts: Parts) -> Lab:
         try:
             _boot(lab, parts)
         except BuildError as error:
-            hint = f"{error.hint}; what runs still runs: invoke lab-status, and lab-down ends it"
+            which = own(folder)
+            hint = f"{error.hint}; what runs still runs: invoke lab-status{which}, and invoke lab-down{which} ends it"
             raise BuildError(error.message, hint, error.details) from error
         finally:
             lab.close()
@@ -456,7 +468,7 @@ def _judge_folder(folder: Path, source: Path) -> State | None:
     if written is not None and (alive := written.alive):
         raise BuildError(
             f"a lab is up already in {folder}: {written.source}, {', '.join(alive)}",
-            "invoke lab-status   (or end it: invoke lab-down)",
+            f"invoke lab-status{own(folder)}   (or end it: invoke lab-down{own(folder)})",
         )
     if written is None and folder.exists() and any(folder.iterdir()):
         raise BuildError(f"{folder} is there and is no lab", f"mv {folder} {folder}.old   (or choose another --dir)")
@@ -464,7 +476,7 @@ def _judge_folder(folder: Path, source: Path) -> State | None:
         # A lab's copy has the lab's NICs already, and secrets in this folder: no other lab comes up with it.
         raise BuildError(
             f"{source} is of the lab in {folder}, which has ended and would be replaced",
-            f"invoke lab-up --cluster {written.source}   (or another file outside of that folder)",
+            f"invoke lab-up --cluster {written.source}{own(folder)}   (or another file outside of that folder)",
         )
     return written
 

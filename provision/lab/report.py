@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import progress, run, settings
+from pipeline import progress, run
 from provision.lab import live, picture
-from provision.lab.lab import Lab
+from provision.lab.lab import Lab, own, typed
 
 SVG = "topology.svg"
 
@@ -41,7 +40,7 @@ def _summary(seen: dict[str, live.Seen]) -> str:
 
 def welcome(lab: Lab) -> list[str]:
     """The picture, and what can be typed now."""
-    folder, own = _typed(lab.folder), "" if lab.folder == settings.TOP / "out/lab" else f" --dir {_typed(lab.folder)}"
+    folder, which = typed(lab.folder), own(lab.folder)
     reach = f"--cluster {folder}/cluster.yaml --ssh-config {folder}/ssh_config"
     vip = lab.urls()[0] if lab.urls() else "http://VIP/"
     director = lab.cluster.directors[0].name
@@ -49,18 +48,13 @@ def welcome(lab: Lab) -> list[str]:
         *_status(lab),
         "",
         "the cluster is up until lab-down; to try next:",
-        f"  invoke lab-status{own}",
-        f"  invoke lab-ssh client-1{own} -- curl -s {vip}",
-        f"  invoke lab-ssh {director}{own} -- ipvsadm -Ln",
+        f"  invoke lab-status{which}",
+        f"  invoke lab-ssh client-1{which} -- curl -s {vip}",
+        f"  invoke lab-ssh {director}{which} -- ipvsadm -Ln",
         f"  invoke check {reach}",
         f"  invoke plan {reach}   (after an edit of {folder}/cluster.yaml; then apply)",
-        f"  invoke lab-down{own}",
+        f"  invoke lab-down{which}",
     ]
-
-
-def _typed(path: Path) -> str:
-    """A path as one types it in the checkout."""
-    return str(path.relative_to(settings.TOP)) if path.is_relative_to(settings.TOP) else shlex.quote(str(path))
 
 
 def login(folder: Path, host: str, words: Sequence[str]) -> int:

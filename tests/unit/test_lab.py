@@ -128,7 +128,7 @@ def test_a_lab_that_is_up_stays(tmp_path: Path) -> None:
     State(folder, "mine.yaml", processes={"lvs-1": US, "lvs-2": ENDED}).write()
     with pytest.raises(BuildError, match=r"a lab is up already in .*lab: mine\.yaml, lvs-1\n") as caught:
         labs.up(EXAMPLES["ospf"], folder, 512, PARTS)
-    assert "invoke lab-down" in caught.value.hint
+    assert caught.value.hint == f"invoke lab-status --dir {folder}   (or end it: invoke lab-down --dir {folder})"
     assert State.read(folder) is not None
 
 
@@ -196,7 +196,7 @@ def test_what_is_left_stays_where_nothing_can_come_up(left: State, monkeypatch: 
 def test_a_labs_own_cluster_file_makes_no_other_lab(left: State) -> None:
     with pytest.raises(BuildError, match=r"cluster\.yaml is of the lab in .*lab, which has ended") as caught:
         labs.up(left.folder / "cluster.yaml", left.folder, 512, PARTS)
-    assert caught.value.hint.startswith("invoke lab-up --cluster mine.yaml ")
+    assert caught.value.hint.startswith(f"invoke lab-up --cluster mine.yaml --dir {left.folder} ")
     assert (left.folder / "cluster.yaml").exists()
 
 
@@ -219,6 +219,20 @@ def test_a_service_whose_real_servers_are_no_hosts_is_refused_first(
     assert not (tmp_path / "lab").exists()
 
 
+@pytest.mark.usefixtures("ready")
+def test_what_did_not_come_up_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise BuildError("lvs-1: no ssh", "read its console")
+
+    monkeypatch.setattr(labs, "_boot", fail)
+    with pytest.raises(BuildError, match="lvs-1: no ssh") as caught:
+        labs.up(EXAMPLES["ospf"], tmp_path / "lab", 512, PARTS)
+    which = f"--dir {tmp_path / 'lab'}"
+    assert caught.value.hint == (
+        f"read its console; what runs still runs: invoke lab-status {which}, and invoke lab-down {which} ends it"
+    )
+
+
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     labs._judge_memory(4, 512, 4 * (512 + labs._QEMU) + labs._BESIDE)
     with pytest.raises(BuildError, match="4 machines of 512 MiB need 4552 MiB, 4551 are available") as caught:
@@ -239,7 +253,7 @@ def test_no_lab_is_up(tmp_path: Path) -> None:
             written.write()
         with pytest.raises(BuildError, match="no lab is up in") as caught:
             labs.Lab.open(tmp_path)
-        assert caught.value.hint == "invoke lab-up --cluster provision/examples/lab-ospf.yaml"
+        assert caught.value.hint == f"invoke lab-up --cluster provision/examples/lab-ospf.yaml --dir {tmp_path}"
     said: list[str] = []
     labs.down(tmp_path / "nowhere", said.append)
     assert said == [f"no lab is up in {tmp_path / 'nowhere'}"]
@@ -404,6 +418,31 @@ def test_logging_in(lab: labs.Lab) -> None:
     for name in ("rs-1", "rs-2", "router"):
         with pytest.raises(BuildError, match=f"{name} does not run"):
             lab.command(name)
+
+
+def test_hints_name_the_lab(lab: labs.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --dir a task is about the lab in out/lab."""
+    hints: list[str] = []
+
+    def note(*_: object, hint: str, **__: object) -> Any:
+        hints.append(hint)
+
+    monkeypatch.setattr(run, "run", note)
+    monkeypatch.setattr(run, "wait_until", note)
+    lab.try_to("lvs-1", "uptime")
+    lab.until("lvs-1", "ip r | grep via", "a route")
+    monkeypatch.setattr(lab.state, "end", lambda _: [])
+    lab.kill("client-1")
+    with pytest.raises(BuildError) as caught:
+        lab.space("router")
+    which = f"--dir {lab.folder}"
+    assert [*hints, caught.value.hint] == [
+        f"invoke lab-ssh lvs-1 {which}",
+        f"invoke lab-ssh lvs-1 {which} -- 'ip r | grep via'",
+        f"invoke lab-ssh switch {which} -- ip link",
+        f"invoke lab-status {which}",
+    ]
+    assert labs.own(settings.TOP / "out/lab") == "" and labs.own(settings.TOP / "out/other") == " --dir out/other"
 
 
 def test_ports_are_each_ones_own(lab: labs.Lab) -> None:
