@@ -313,12 +313,17 @@ class Lab:
     def command(self, name: str, words: Sequence[str] = (), *, terminal: bool = False) -> list[str]:
         """The command line that runs a command on a node, or a shell there.
 
+        Args:
+            name: the node.
+            words: for a shell there, with a blank between them, as ssh does it; without them the shell itself.
+            terminal: whether the shell has ours.
+
         Raises:
             BuildError: there is no such node, or it does not run.
         """
         node = SWITCH if name == SWITCH else self.node(name).name
         if node == SWITCH or not self.node(name).is_machine:
-            return self.space(node).argv(list(words) or ["sh"])
+            return self.space(node).argv(["sh", "-c", " ".join(words)] if words else ["sh"])
         running = self.state.processes.get(name)
         if running is None or not running.alive:
             raise BuildError(f"{name} does not run", f"read {self.folder / name / 'console.log'}")
@@ -340,10 +345,8 @@ class Lab:
 
     def try_to(self, name: str, command: str, *, check: bool = False, seconds: float = 60.0) -> run.Result:
         """Run a shell command on a node; as `ask`."""
-        machine = name != SWITCH and self.node(name).is_machine
-        words = [command] if machine else ["sh", "-c", command]
         return run.run(
-            self.command(name, words),
+            self.command(name, [command]),
             check=check,
             timeout=self.seconds(seconds),
             what=f"on {name}",

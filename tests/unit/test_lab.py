@@ -411,6 +411,9 @@ def test_logging_in(lab: labs.Lab) -> None:
     assert lab.command("lvs-1", ["uptime"]) == ["ssh", "-F", config, "lvs-1", "uptime"]
     assert lab.command("lvs-1", terminal=True) == ["ssh", "-t", "-F", config, "lvs-1"]
     assert lab.command("client-1")[-2:] == ["--", "sh"]
+    # As ssh does it: one word or many, a shell reads them.
+    for words in (["ip r | head"], ["ip", "r", "|", "head"]):
+        assert lab.command("client-1", words)[-4:] == ["--", "sh", "-c", "ip r | head"]
     assert lab.command("switch", ["bridge", "link"])[1:3] == ["--target", "13"]
     with pytest.raises(BuildError, match="the lab has no lvs-9") as caught:
         lab.command("lvs-9")
