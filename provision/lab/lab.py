@@ -116,7 +116,7 @@ class Lab:
     @cached_property
     def accelerator(self) -> vm.Accelerator:
         """How its machines run."""
-        return machines.accelerator(self.store, len(self.topology.of("director", "realserver")))
+        return machines.accelerator(self.store, len(self.topology.of("director", "realserver")), scale=self.state.scale)
 
     def node(self, name: str) -> Node:
         """A node by its name.
@@ -424,13 +424,16 @@ def up(source: Path, folder: Path, memory: int, parts: Parts) -> Lab:
         topology = build(cluster)
         for line in absent(cluster):
             progress.note(line)
-        _judge_memory(len(topology.of("director", "realserver")), memory, _available())
+        hosts = topology.of("director", "realserver")
+        _judge_memory(len(hosts), memory, _available())
+        found = machines.accelerator(Store(), len(hosts))
         images = {role: str(parts.image(role)) for role in _roles(topology)}
         where = tree(Store(), root(Store()))
         if left is not None:
             _keep_edits(folder)
             _forget(left)
-        lab = prepare(source, folder, State(folder, str(source), memory, time.time(), root=str(where), images=images))
+        written = State(folder, str(source), memory, time.time(), root=str(where), images=images, scale=found.scale)
+        lab = prepare(source, folder, written)
         try:
             _boot(lab, parts)
         except BuildError as error:

@@ -18,12 +18,18 @@ DISK = "8G"  # an image grows to the disk that it finds; only what a machine wri
 BOOT = 90.0  # seconds under KVM until a seed is applied, multiplied for TCG
 
 
-def accelerator(store: Store, machines: int) -> vm.Accelerator:
-    """How several machines run here at once, their deadlines for what this builder is like just now."""
+def accelerator(store: Store, machines: int, *, scale: float = 0.0) -> vm.Accelerator:
+    """How several machines run here at once, their deadlines for what this builder is like just now.
+
+    Args:
+        store: remembers what can run here.
+        machines: how many.
+        scale: of their deadlines, found before they ran: now their own load would count a second time. 0: find it out.
+    """
     found = vm.Turns(**vars(vm.Accelerator.probe(store.root)))
     # Deadlines are for a machine that has a CPU of an idle builder to itself.
-    crowd = max(1.0, machines / (os.cpu_count() or 1)) * vm.slowdown(found)
-    return dataclasses.replace(found, scale=found.scale * crowd)
+    scale = scale or found.scale * max(1.0, machines / (os.cpu_count() or 1)) * vm.slowdown(found)
+    return dataclasses.replace(found, scale=scale)
 
 
 def cpus(role: str) -> int:

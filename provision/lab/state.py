@@ -74,6 +74,7 @@ class State:
         processes: by name of the node, `switch` for the links.
         inner: of a namespace's process, the id of the one inside.
         ports: by machine, where its ssh is forwarded from.
+        scale: of deadlines, as it was before its machines ran; 0 where nobody has asked.
     """
 
     folder: Path
@@ -86,6 +87,7 @@ class State:
     processes: dict[str, Running] = field(default_factory=dict)
     inner: dict[str, int] = field(default_factory=dict)
     ports: dict[str, int] = field(default_factory=dict)
+    scale: float = 0.0
 
     @property
     def path(self) -> Path:

@@ -54,10 +54,20 @@ def test_one_that_only_its_parent_knows_does_not_run(word: str, monkeypatch: pyt
 def test_state_is_written_and_read(tmp_path: Path) -> None:
     written = State(tmp_path, "cluster.yaml", 512, 1.5, "/run/s", "/root", {"director": "a"}, {"lvs-1": US}, {"r": 3})
     written.ports["lvs-1"] = 4711
+    written.scale = 6.5
     written.write()
     assert State.read(tmp_path) == written
     assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
     assert State.read(tmp_path / "elsewhere") is None
+
+
+def test_a_state_of_before_scales_were_written_is_read(tmp_path: Path) -> None:
+    State(tmp_path, "cluster.yaml", processes={"lvs-1": US}).write()
+    data = json.loads((tmp_path / "state.json").read_text())
+    del data["scale"]
+    (tmp_path / "state.json").write_text(json.dumps(data))
+    found = State.read(tmp_path)
+    assert found is not None and found.alive == {"lvs-1": US} and found.scale == 0
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"processes": {"a": {"id": 3}}}', '{"processes": {}, "unknown": 1}'])
@@ -147,6 +157,9 @@ def ready(root: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(labs, "tree", lambda *_: Path("/root"))
     monkeypatch.setattr(labs, "prepare", lambda _source, _folder, written: labs.Lab(written))
     monkeypatch.setattr(labs, "_boot", lambda *_: None)
+    monkeypatch.setattr(vm.Accelerator, "probe", lambda *_: vm.Accelerator("tcg", "qemu64", 6.0))
+    monkeypatch.setattr(vm, "slowdown", lambda _: 1.5)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
 
 
 @pytest.fixture
@@ -217,6 +230,17 @@ def test_a_service_whose_real_servers_are_no_hosts_is_refused_first(
         labs.up(settings.TOP / "provision/examples/manual-ospf.yaml", tmp_path / "lab", 512, PARTS)
     assert "services[0].real_servers: no host has 192.168.1.2; the lab is without" in events.texts("note")
     assert not (tmp_path / "lab").exists()
+
+
+@pytest.mark.usefixtures("ready")
+def test_its_own_load_is_no_reason_to_wait_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four machines on two CPUs, of a builder that was busy at lab-up; once they run, the probe takes longer still."""
+    assert labs.up(EXAMPLES["ospf"], tmp_path / "lab", 512, PARTS).state.scale == 6.0 * 2 * 1.5
+    monkeypatch.setattr(vm, "slowdown", lambda _: 9.0)
+    for written, scale in ((State(tmp_path, scale=18.0), 18.0), (State(tmp_path), 6.0 * 2 * 9.0)):
+        later = labs.Lab(written)
+        later.__dict__["cluster"] = clusters.load(EXAMPLES["ospf"], secrets=False)
+        assert later.seconds(10) == 10 * scale
 
 
 @pytest.mark.usefixtures("ready")
@@ -457,7 +481,7 @@ def test_its_machines_take_the_memory_that_is_counted(lab: labs.Lab, monkeypatch
     del lab.__dict__["accelerator"]
     asked: list[int] = []
 
-    def found(_: Store, count: int) -> vm.Accelerator:
+    def found(_: Store, count: int, **__: float) -> vm.Accelerator:
         asked.append(count)
         return vm.Accelerator("tcg", "qemu64", 6.0)
 
