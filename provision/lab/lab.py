@@ -35,9 +35,7 @@ from provision.model import Cluster
 SWITCH = "switch"
 RECIPE = Path(__file__).with_name("root.yaml")
 LEAST_MEMORY = 320  # MiB; with less a director's image starts to kill its own services
-# MiB of QEMU itself for each machine. With less room for translated code (192) two machines in an hour went on with
-# garbage in their flags register, and died of it (QEMU 7.2).
-_QEMU = 64 + vm.Accelerator.translated
+_QEMU = 64  # MiB of QEMU itself for each machine
 _BESIDE = 200  # MiB for what runs in namespaces
 _SETTLED = 40.0  # seconds under KVM until health checks and routing agree
 _MAC = "52:54:00:1a:b1:"  # of NICs in namespaces
@@ -425,8 +423,8 @@ def up(source: Path, folder: Path, memory: int, parts: Parts) -> Lab:
         for line in absent(cluster):
             progress.note(line)
         hosts = topology.of("director", "realserver")
-        _judge_memory(len(hosts), memory, _available())
         found = machines.accelerator(Store(), len(hosts))
+        _judge_memory(len(hosts), memory, found, _available())
         images = {role: str(parts.image(role)) for role in _roles(topology)}
         where = tree(Store(), root(Store()))
         if left is not None:
@@ -495,22 +493,26 @@ def _keep_edits(folder: Path) -> None:
         progress.note(f"the cluster file of the last lab in {folder} had been changed: it is {kept} now")
 
 
-def _judge_memory(count: int, memory: int, available: int) -> None:
+def _judge_memory(count: int, memory: int, accelerator: vm.Accelerator, available: int) -> None:
     """Refuse what would end in the kernel's killing something.
 
     Args:
         count: of machines.
         memory: of each, in MiB.
+        accelerator: how they run.
         available: MiB that can be had on this machine.
     """
     if memory < LEAST_MEMORY:
         raise BuildError(
             f"--memory {memory}: a machine needs {LEAST_MEMORY} MiB", f"invoke lab-up … --memory {LEAST_MEMORY}"
         )
-    wanted = count * (memory + _QEMU) + _BESIDE
+    # With less room for translated code (192) two machines in an hour went on with garbage in their flags register, and
+    # died of it (QEMU 7.2).
+    beside = _QEMU + (accelerator.translated if accelerator.name == "tcg" else 0)
+    wanted = count * (memory + beside) + _BESIDE
     if wanted <= available:
         return
-    fits = (available - _BESIDE) // count - _QEMU
+    fits = (available - _BESIDE) // count - beside
     hint = "end what else runs here (ps -eo pid,rss,comm --sort -rss | head), or take a cluster of fewer hosts"
     raise BuildError(
         f"not enough memory: {count} machines of {memory} MiB need {wanted} MiB, {available} are available",
