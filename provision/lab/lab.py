@@ -30,7 +30,7 @@ from provision.lab import login, machines, router, space, state, variant
 from provision.lab.space import Space
 from provision.lab.state import Running, State
 from provision.lab.topology import CLIENTS, ROUTER, Link, Node, Plug, Topology, absent, build, control_mac
-from provision.model import Cluster
+from provision.model import Cluster, Service
 
 SWITCH = "switch"
 RECIPE = Path(__file__).with_name("root.yaml")
@@ -105,6 +105,15 @@ class Lab:
     def cluster(self) -> Cluster:
         """The cluster as it was when the lab came up: its cables are of then, whatever operators do to the file."""
         return clusters.load(self.folder / "started.yaml")
+
+    @property
+    def services(self) -> Sequence[Service]:
+        """The services of its cluster file as it is now: operations add and remove them while the lab is up.
+
+        Raises:
+            BuildError: the file is wrong.
+        """
+        return clusters.load(self.file, secrets=False).services
 
     @cached_property
     def topology(self) -> Topology:
@@ -369,10 +378,10 @@ class Lab:
     # --- what clients want
 
     def urls(self) -> list[str]:
-        """A page of each VIP and port of TCP."""
+        """A page of each VIP and port of TCP, as `services`."""
         return [
             f"http://{point(vip, port)}/index.html"
-            for service in self.cluster.services
+            for service in self.services
             if service.protocol == "TCP"
             for vip in service.vips
             for port in service.ports

@@ -89,21 +89,27 @@ def parsed(text: str) -> Any:
 
 
 def look(lab: Lab) -> dict[str, Seen]:
-    """Ask all nodes at once."""
-    nodes = lab.topology.nodes
+    """Ask all nodes at once, and judge them by the services that the lab's cluster file has now.
+
+    Raises:
+        BuildError: that file is wrong.
+    """
+    nodes, urls = lab.topology.nodes, lab.urls()
+    vips = list(dict.fromkeys(str(vip) for service in lab.services for vip in service.vips))
     with ThreadPoolExecutor(max_workers=len(nodes)) as pool:
-        return dict(zip((node.name for node in nodes), pool.map(lambda node: _see(lab, node), nodes), strict=True))
+        found = pool.map(lambda node: _see(lab, node, vips, urls), nodes)
+        return dict(zip((node.name for node in nodes), found, strict=True))
 
 
-def _see(lab: Lab, node: Node) -> Seen:
+def _see(lab: Lab, node: Node, vips: Sequence[str], urls: Sequence[str]) -> Seen:
     if node.name not in lab.state.alive:
         return Seen(DOWN, ("does not run",))
-    kinds: Mapping[str, tuple[str, Callable[[Lab, dict[str, str]], Seen]]] = {
-        "director": (_DIRECTOR, _director),
-        "realserver": (_REAL_SERVER, _real_server),
-        "router": (_ROUTER, _router),
-        "core": (_script({_ADDRESSES: "ip -j address show"}), lambda _, said: Seen(UP, cut=_cut(said))),
-        "client": (_pages(lab.urls()), lambda _, said: client(said)),
+    kinds: Mapping[str, tuple[str, Callable[[dict[str, str]], Seen]]] = {
+        "director": (_DIRECTOR, lambda said: director(said, vips)),
+        "realserver": (_REAL_SERVER, real_server),
+        "router": (_ROUTER, lambda said: router(said, _owners(lab), vips, ospf=lab.cluster.mode == "ospf")),
+        "core": (_script({_ADDRESSES: "ip -j address show"}), lambda said: Seen(UP, cut=_cut(said))),
+        "client": (_pages(urls), client),
     }
     script, judge = kinds[node.kind]
     try:
@@ -112,7 +118,7 @@ def _see(lab: Lab, node: Node) -> Seen:
         return Seen(STARTING, (error.message,))
     if _SECTION not in answer.stdout:
         return Seen(STARTING, ("does not answer yet",))
-    return judge(lab, sections(answer.stdout))
+    return judge(sections(answer.stdout))
 
 
 def _pages(urls: Sequence[str]) -> str:
@@ -149,11 +155,6 @@ def _troubled_units(said: Mapping[str, str]) -> list[str]:
     return [f"{name} is {state}" for name, wanted, state in rows if wanted == "yes" and state != "active"]
 
 
-def _director(lab: Lab, said: dict[str, str]) -> Seen:
-    vips = [str(vip) for service in lab.cluster.services for vip in service.vips]
-    return director(said, list(dict.fromkeys(vips)))
-
-
 def director(said: Mapping[str, str], vips: Sequence[str]) -> Seen:
     """A director, by its addresses, table and units.
 
@@ -178,10 +179,6 @@ def director(said: Mapping[str, str], vips: Sequence[str]) -> Seen:
     return Seen(TROUBLED if troubles else UP, (*facts, *troubles), cut)
 
 
-def _real_server(_: Lab, said: dict[str, str]) -> Seen:
-    return real_server(said)
-
-
 def real_server(said: Mapping[str, str]) -> Seen:
     """A real server, by its addresses, unit and log."""
     troubles, cut = _troubled_units(said), _cut(said)
@@ -190,14 +187,14 @@ def real_server(said: Mapping[str, str]) -> Seen:
     return Seen(TROUBLED if troubles else UP, (f"answered {answered} requests", *troubles), cut)
 
 
-def _router(lab: Lab, said: dict[str, str]) -> Seen:
+def _owners(lab: Lab) -> dict[str, str]:
+    """The directors by the addresses that routes name."""
     owners: dict[str, str] = {}
     for host in lab.cluster.directors:
         # OSPF for IPv6 names a next hop by its link-local address.
         local = [link_local(nic.mac) for nic in host.interfaces if nic.mac]
         owners.update(dict.fromkeys([*map(str, host.own_addresses), *local], host.name))
-    vips = [str(vip) for service in lab.cluster.services for vip in service.vips]
-    return router(said, owners, list(dict.fromkeys(vips)), ospf=lab.cluster.mode == "ospf")
+    return owners
 
 
 def router(said: Mapping[str, str], owners: Mapping[str, str], vips: Sequence[str], *, ospf: bool) -> Seen:

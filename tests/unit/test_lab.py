@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import xml.etree.ElementTree
 from dataclasses import replace
 from pathlib import Path
@@ -414,6 +415,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> labs.Lab:
     written = State(tmp_path, "lab-ospf.yaml", processes={"lvs-1": US, "client-1": US, "switch": US, "rs-1": ENDED})
     written.inner = {"client-1": 12, "switch": 13}
     made = labs.Lab(written)
+    shutil.copyfile(EXAMPLES["ospf"], made.file)
     made.__dict__["cluster"] = clusters.load(EXAMPLES["ospf"], secrets=False)
     made.__dict__["accelerator"] = vm.Accelerator("tcg", "qemu64", 6.0)
     return made
@@ -586,8 +588,27 @@ def test_the_router() -> None:
 def test_the_routers_ways_have_names(lab: labs.Lab) -> None:
     """OSPF for IPv6 names directors by their link-local addresses."""
     routes = [{"dst": "2001:db8:ffff::1", "gateway": "fe80::5054:ff:fe00:200", "dev": "uplink"}]
-    found = live._router(lab, {"routes6": json.dumps(routes)})
+    found = live.router({"routes6": json.dumps(routes)}, live._owners(lab), ["2001:db8:ffff::1"], ospf=True)
     assert "2001:db8:ffff::1 → lvs-2" in found.facts
+
+
+def test_nodes_are_judged_by_the_services_of_now(lab: labs.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that an operation has added; its hosts and cables are those of lab-up."""
+    text = lab.file.read_text(encoding="utf-8")
+    lab.file.write_text(text.replace("203.0.113.2", "203.0.113.9").replace("lvs-2", "lvs-9"), encoding="utf-8")
+    lab.state.processes["router"] = US
+    asked: dict[str, str] = {}
+
+    def answer(name: str, command: str, **_: Any) -> run.Result:
+        asked[name] = command
+        return run.Result((), 0, "=== addresses\n" + ADDRESSES.replace("203.0.113.1", "203.0.113.9"), "")
+
+    monkeypatch.setattr(lab, "try_to", answer)
+    seen = live.look(lab)
+    assert "http://203.0.113.9:8080/" in asked["client-1"] and "203.0.113.2" not in asked["client-1"]
+    assert "VIPs: 203.0.113.9" in seen["lvs-1"].facts
+    assert "no route to 203.0.113.9" in seen["router"].facts and "no route to 203.0.113.2" not in seen["router"].facts
+    assert "lvs-2" in seen and "lvs-9" not in seen
 
 
 def test_who_does_not_run_is_not_asked(lab: labs.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -681,6 +702,7 @@ def test_what_is_to_be_typed_next(lab: labs.Lab, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(settings, "TOP", lab.folder)
     lab.folder = lab.folder / "out" / "lab"
     lab.folder.mkdir(parents=True)
+    shutil.copyfile(EXAMPLES["ospf"], lab.file)
     lines = report.welcome(lab)
     assert "  invoke lab-down" in lines
     assert "  invoke check --cluster out/lab/cluster.yaml --ssh-config out/lab/ssh_config" in lines
