@@ -556,11 +556,30 @@ def test_a_real_server() -> None:
     assert found == Seen(TROUBLED, ("answered 0 requests", "web is inactive"))
 
 
+@pytest.mark.runs("sh")
+def test_a_client_asks_for_all_pages_at_once(tmp_path: Path) -> None:
+    """No page comes before all are asked for; each is a section of its own."""
+    urls = [f"http://[2001:db8::{n}]:80/index.html" for n in range(5)]
+    curl = f"""
+curl() {{
+    echo >>{tmp_path}/asked
+    for turn in $(seq 100); do
+        if [ $(wc -l <{tmp_path}/asked) = 5 ]; then
+            while [ "$1" != -w ]; do shift; done
+            printf "$(printf %s "$2" | sed 's/%{{http_code}}/200/')"
+            return
+        fi
+        sleep 0.1
+    done
+}}
+"""
+    said = live.sections(run.run(["sh", "-c", curl + live._pages(urls)]).stdout)
+    assert live.client(said) == Seen(UP, ("5 of 5 pages",)) and sorted(said) == urls
+
+
 def test_a_client() -> None:
-    # A line for each answer: what follows is the next section.
-    assert live._pages(["http://a/"]).count("%{http_code}\\n") == 1
     assert live.client({"http://a/": "200\n", "http://b/": "200\n"}) == Seen(UP, ("2 of 2 pages",))
-    assert live.client({"http://a/": "000\n", "http://b/": "503\n"}) == Seen(
+    assert live.client({"http://b/": "503\n", "http://a/": "000\n"}) == Seen(
         TROUBLED, ("http://a/: no answer", "http://b/: 503")
     )
 
