@@ -256,7 +256,6 @@ class Lab:
         self._stack.enter_context(machine)
         machine.kept = True
         self.state.processes[name] = Running.of(machine.process.pid)
-        self.state.ports[name] = machine.port
         self.state.write()
         self._write_ssh_config()
         return machine

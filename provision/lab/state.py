@@ -73,7 +73,6 @@ class State:
         images: by role, the image of the machines.
         processes: by name of the node, `switch` for the links.
         inner: of a namespace's process, the id of the one inside.
-        ports: by machine, where its ssh is forwarded from.
         scale: of deadlines, as it was before its machines ran; 0 where nobody has asked.
     """
 
@@ -86,7 +85,6 @@ class State:
     images: dict[str, str] = field(default_factory=dict)
     processes: dict[str, Running] = field(default_factory=dict)
     inner: dict[str, int] = field(default_factory=dict)
-    ports: dict[str, int] = field(default_factory=dict)
     scale: float = 0.0
 
     @property
@@ -112,6 +110,7 @@ class State:
         try:
             data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             data["processes"] = {name: Running(**each) for name, each in data["processes"].items()}
+            data.pop("ports", None)  # nobody reads them; labs of before have them
             return cls(**{**data, "folder": folder})
         except (FileNotFoundError, NotADirectoryError):
             return None
