@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -271,6 +272,22 @@ class Process:
         return _log_tail(self.log)
 
 
+_note: ContextVar[Callable[[int], None]] = ContextVar("_note", default=lambda _: None)
+
+
+@contextlib.contextmanager
+def noting(note: Callable[[int], None]) -> Iterator[None]:
+    """Within the block, `note` is told the pid of each process that `start` may leave running, before it is used.
+
+    Whoever must find such a process again can write it down then, however we end.
+    """
+    token = _note.set(note)
+    try:
+        yield
+    finally:
+        _note.reset(token)
+
+
 @contextlib.contextmanager
 def start(
     argv: Sequence[str | os.PathLike[str]],
@@ -316,6 +333,8 @@ def start(
             raise BuildError(f"{error.filename} was not found", "invoke doctor") from None
     process = Process(child, words, log)
     try:
+        if keep:
+            _note.get()(process.pid)
         yield process
     finally:
         if keep is None or not keep():

@@ -150,9 +150,10 @@ class Lab:
             BuildError: they are gone.
         """
         running = self.state.processes.get(name)
-        if running is None or not running.alive:
+        inner = self.state.inner.get(name)
+        if running is None or not running.alive or inner is None:
             raise BuildError(f"{name} does not run", f"invoke lab-status{own(self.folder)}")
-        return Space(name, running.pid, self.state.inner[name])
+        return Space(name, running.pid, inner)
 
     def start_space(self, node: Node) -> None:
         """Start the router, a client or a router behind, with its cables and addresses."""
@@ -185,11 +186,18 @@ class Lab:
                 made.run("sh", "-ec", router.start_script())
 
     def _hold(self, name: str, log: Path, binds: dict[Path, str] | None = None) -> Space:
-        made = space.start(Path(self.state.root), name, log, binds)
-        self.state.processes[name] = Running.of(made.pid)
+        with run.noting(lambda pid: self._record(name, pid)):
+            made = space.start(Path(self.state.root), name, log, binds)
         self.state.inner[name] = made.inner
         self.state.write()
         return made
+
+    def _record(self, name: str, pid: int) -> None:
+        """Write a process down as soon as it is there: lab-down ends it, however the command that starts it ends."""
+        with contextlib.suppress(BuildError):  # it has ended already: who started it says why
+            self.state.processes[name] = Running.of(pid)
+        self.state.inner.pop(name, None)  # of the node's last life
+        self.state.write()
 
     def start_links(self) -> None:
         """Start the links, the router and the clients: all that is no machine."""
@@ -253,10 +261,9 @@ class Lab:
             extra=extra,
             prefix=[python, "-I", str(TAP), str(self.space(SWITCH).inner), *taps, "--"],
         )
-        self._stack.enter_context(machine)
+        with run.noting(lambda pid: self._record(name, pid)):
+            self._stack.enter_context(machine)
         machine.kept = True
-        self.state.processes[name] = Running.of(machine.process.pid)
-        self.state.write()
         self._write_ssh_config()
         return machine
 
@@ -420,8 +427,8 @@ def up(source: Path, folder: Path, memory: int, parts: Parts) -> Lab:
         The lab, in which clients get pages of every VIP.
 
     Raises:
-        BuildError: it cannot be, and nothing was started; or something did not come up, and what runs goes on so that
-            one can look.
+        BuildError: it cannot be, and nothing was started; or something did not come up or somebody interrupted, and
+            what runs goes on so that one can look.
     """
     require_root()
     with state.alone(folder):
@@ -442,10 +449,12 @@ def up(source: Path, folder: Path, memory: int, parts: Parts) -> Lab:
         lab = prepare(source, folder, written)
         try:
             _boot(lab, parts)
-        except BuildError as error:
+        except (BuildError, OSError, KeyboardInterrupt) as error:
             which = own(folder)
-            hint = f"{error.hint}; what runs still runs: invoke lab-status{which}, and invoke lab-down{which} ends it"
-            raise BuildError(error.message, hint, error.details) from error
+            hint = f"what runs still runs: invoke lab-status{which}, and invoke lab-down{which} ends it"
+            if isinstance(error, BuildError):
+                raise BuildError(error.message, f"{error.hint}; {hint}", error.details) from error
+            raise BuildError(str(error) or "interrupted", hint) from error
         finally:
             lab.close()
     return lab

@@ -78,7 +78,8 @@ def start(root: Path, name: str, log: Path, binds: Mapping[Path, str] | None = N
     unshare = run.require("unshare", "to end namespaces whole", "util-linux")
     box = Sandbox(root, hostname=name).argv([_HOLDER, "infinity"], ro_binds=binds)
     # bubblewrap ends with its parent. That is not to be us, but somebody who stays, and who can be ended by one id.
-    with run.start([unshare, "--fork", "--kill-child", "--", *box], log=log, keep=lambda: True) as process:
+    came = False
+    with run.start([unshare, "--fork", "--kill-child", "--", *box], log=log, keep=lambda: came) as process:
         inner = 0
 
         def up() -> bool:
@@ -88,11 +89,8 @@ def start(root: Path, name: str, log: Path, binds: Mapping[Path, str] | None = N
             inner = innermost(process.pid)
             return _command(inner) == _HOLDER
 
-        try:
-            run.wait_until(up, deadline=_SECONDS, what=f"the namespace of {name}", hint=f"read {log}")
-        except BaseException:
-            process.end()
-            raise
+        run.wait_until(up, deadline=_SECONDS, what=f"the namespace of {name}", hint=f"read {log}")
+        came = True
     return Space(name, process.pid, inner)
 
 

@@ -234,6 +234,61 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> labs.Lab:
     return made
 
 
+def runs(folder: Path) -> set[str]:
+    """What lab-down would find."""
+    found = State.read(folder)
+    assert found is not None
+    return set(found.alive)
+
+
+@pytest.mark.runs("sleep")
+def test_a_machine_is_known_before_it_is_up(lab: labs.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the command ends; one that is told to end ends what is not up yet."""
+    lab.state.sockets = str(lab.folder)
+    monkeypatch.setattr(machines, "overlay", lambda _base, path: path)
+    monkeypatch.setattr(vm, "free_port", lambda: 2222)
+    monkeypatch.setattr(vm.Machine, "argv", lambda _: ["sleep", "1000"])
+    lab.state.images["realserver"] = "image"
+    while_starting: list[set[str]] = []
+
+    def interrupt(_: Path) -> bool:
+        while_starting.append(runs(lab.folder))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vm, "listening", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        lab.start_machine("rs-2")
+    assert "rs-2" in while_starting[0] and "rs-2" not in runs(lab.folder)
+    monkeypatch.setattr(vm, "listening", lambda _: True)
+    lab.start_machine("rs-2")
+    lab.close()
+    assert "rs-2" in runs(lab.folder)
+    assert lab.state.end("rs-2") == ["rs-2"]
+
+
+@pytest.mark.runs("sleep")
+def test_a_namespace_is_known_before_it_is_up(lab: labs.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = run.start
+    monkeypatch.setattr(run, "start", lambda _, **options: start(["sleep", "1000"], **options))
+    lab.state.inner["router"] = 7  # of its last life
+    while_starting: list[set[str]] = []
+
+    def interrupt(_: int) -> str:
+        while_starting.append(runs(lab.folder))
+        with pytest.raises(BuildError, match="router does not run"):
+            lab.space("router")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(space, "_command", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        lab._hold("router", lab.folder / "log")
+    assert "router" in while_starting[0] and "router" not in runs(lab.folder)
+    monkeypatch.setattr(space, "_command", lambda _: "sleep")
+    made = lab._hold("router", lab.folder / "log")
+    assert "router" in runs(lab.folder) and lab.space("router") == made
+    assert lab.state.end("router") == ["router"]
+
+
 def test_a_new_disk_starts_as_the_cluster_file_is_now(lab: labs.Lab) -> None:
     variant.write(EXAMPLES["ospf"], lab.file, KEY)
     render.render_cluster(lab.file, lab.folder / "hosts")

@@ -146,16 +146,27 @@ def test_its_own_load_is_no_reason_to_wait_longer(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("ready")
-def test_what_did_not_come_up_can_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "message", "hint"),
+    [
+        (BuildError("lvs-1: no ssh", "read its console", ["a line of it"]), "lvs-1: no ssh", "read its console; "),
+        (OSError(28, "No space left on device", "state.new"), "[Errno 28] No space left on device: 'state.new'", ""),
+        (KeyboardInterrupt(), "interrupted", ""),
+    ],
+)
+def test_what_did_not_come_up_can_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, message: str, hint: str
+) -> None:
     def fail(*_: object) -> None:
-        raise BuildError("lvs-1: no ssh", "read its console")
+        raise error
 
     monkeypatch.setattr(labs, "_boot", fail)
-    with pytest.raises(BuildError, match="lvs-1: no ssh") as caught:
+    with pytest.raises(BuildError) as caught:
         labs.up(EXAMPLES["ospf"], tmp_path / "lab", 512, PARTS)
     which = f"--dir {tmp_path / 'lab'}"
+    assert caught.value.message == message and caught.value.details == getattr(error, "details", ())
     assert caught.value.hint == (
-        f"read its console; what runs still runs: invoke lab-status {which}, and invoke lab-down {which} ends it"
+        f"{hint}what runs still runs: invoke lab-status {which}, and invoke lab-down {which} ends it"
     )
 
 

@@ -347,6 +347,24 @@ def test_a_kept_process_outlives_its_block(tmp_path: Path) -> None:
 
 
 @pytest.mark.runs("sleep")
+def test_a_process_that_may_be_kept_is_noted_before_it_is_used(tmp_path: Path) -> None:
+    noted: list[int] = []
+    argv, log = ["sleep", "1000"], tmp_path / "log"
+    with run.noting(noted.append), run.start(argv, log=log), run.start(argv, log=log, keep=lambda: False) as kept:
+        assert noted == [kept.pid]
+    with run.start(argv, log=log, keep=lambda: False):
+        assert len(noted) == 1
+
+    def fail(pid: int) -> None:
+        noted.append(pid)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"), run.noting(fail), run.start(argv, log=log, keep=lambda: False):
+        pytest.fail("it is not used")
+    assert not alive(noted[1])
+
+
+@pytest.mark.runs("sleep")
 def test_a_process_that_need_not_be_kept_ends(tmp_path: Path) -> None:
     with run.start(["sleep", "1000"], log=tmp_path / "log", keep=lambda: False) as process:
         pass
