@@ -523,8 +523,6 @@ def _judge_memory(count: int, memory: int, accelerator: vm.Accelerator, availabl
         raise BuildError(
             f"--memory {memory}: a machine needs {LEAST_MEMORY} MiB", f"invoke lab-up … --memory {LEAST_MEMORY}"
         )
-    # With less room for translated code (192) two machines in an hour went on with garbage in their flags register, and
-    # died of it (QEMU 7.2).
     beside = _QEMU + (accelerator.translated if accelerator.name == "tcg" else 0)
     wanted = count * (memory + beside) + _BESIDE
     if wanted <= available:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import vm
+from pipeline import settings, vm
 from pipeline.errors import BuildError
 from provision import cluster as clusters
 from provision.lab import lab as labs
@@ -115,7 +115,7 @@ def test_a_labs_own_cluster_file_makes_no_other_lab(left: State) -> None:
     assert (left.folder / "cluster.yaml").exists()
 
 
-@pytest.mark.usefixtures("root")
+@pytest.mark.usefixtures("ready")
 def test_a_service_whose_real_servers_are_no_hosts_is_refused_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: Recorder
 ) -> None:
