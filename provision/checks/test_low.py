@@ -47,14 +47,15 @@ def url(address: object, port: int, service: Service, check: Destination) -> str
 
 
 @pytest.mark.role("director")
-def test_real_servers_answer(ask: Ask, services: tuple[Service, ...]) -> None:
+def test_real_servers_answer(ask: Ask, services: tuple[Service, ...], down: frozenset[str]) -> None:
     wrong = []
-    seen = set()
+    seen = set(down)
     for service in services:
         for each in service.real_servers:
-            if service.protocol != "TCP" or not each.weight or (each.address, each.port) in seen:
+            name = point(each.address, each.port)
+            if service.protocol != "TCP" or not each.weight or name in seen:
                 continue
-            seen.add((each.address, each.port))
+            seen.add(name)
             if each.check.kind in ("http", "https"):
                 host = f"-H 'Host: {each.check.host}' " if each.check.host else ""
                 target = url(each.address, each.check.port or each.port, service, each)
@@ -64,7 +65,7 @@ def test_real_servers_answer(ask: Ask, services: tuple[Service, ...]) -> None:
             else:
                 tried = f"timeout 10 bash -c '</dev/tcp/{each.address}/{each.port}' 2>/dev/null && echo yes || :"
                 if ask(tried) != "yes":
-                    wrong.append(f"{point(each.address, each.port)}: no connection")
+                    wrong.append(f"{name}: no connection")
     assert not wrong, "; ".join(wrong)
 
 

@@ -529,14 +529,20 @@ def test_real_servers_answer(tmp_path: Path) -> None:
 
         return answer
 
-    low.test_real_servers_answer(ask("200", "yes"), found.services)
+    none: frozenset[str] = frozenset()
+    low.test_real_servers_answer(ask("200", "yes"), found.services, none)
     curl = "curl -gkso /dev/null -m 10 --noproxy '*' -w '%{http_code}' -H 'Host: www.example.org'"
     assert f"{curl} 'http://198.51.100.1:80/ok' || :" in asked
     assert any("/dev/tcp/2001:db8:5::1/443" in command for command in asked)
     with complaint("http://198.51.100.1:80/ok: 503, not 200"):
-        low.test_real_servers_answer(ask("503", "yes"), found.services)
+        low.test_real_servers_answer(ask("503", "yes"), found.services, none)
     with complaint("[2001:db8:5::1]:443: no connection"):
-        low.test_real_servers_answer(ask("200", ""), found.services)
+        low.test_real_servers_answer(ask("200", ""), found.services, none)
+    # The others are asked still.
+    down = frozenset({"[2001:db8:5::1]:443", "198.51.100.1:443"})
+    low.test_real_servers_answer(ask("200", ""), found.services, down)
+    with complaint("http://198.51.100.1:80/ok: 503, not 200"):
+        low.test_real_servers_answer(ask("503", ""), found.services, down)
 
 
 def test_toa(cluster: Cluster) -> None:
