@@ -489,7 +489,8 @@ def _keep(paths: Sequence[str], areas: Sequence[str], back: Sequence[str], secon
     acts += "".join(f"{line}\n" for line in back)
     routes = f"{_ROUTES}file_routes >{STATE}/routes\n" if "network" in areas else ""
     rollback = (
-        f"cd {STATE}\n{routes}xargs -r rm -f <absent\ncp -a old/. /\n"
+        # Not `old/.`, whose mode and owner / would get.
+        f"cd {STATE}\n{routes}xargs -r rm -f <absent\nfind old -mindepth 1 -maxdepth 1 -exec cp -a -t / {{}} +\n"
         f"/usr/lib/lvsforge/drop-stale-files\nset +e\n{acts}exit 0"
     )
     return f"""

@@ -186,6 +186,12 @@ def expected(cluster: Cluster, name: str) -> dict[str, tuple[bytes, int, int]]:
     }
 
 
+def folders(lab: Lab, name: str) -> dict[str, int]:
+    """The modes of a host's folders: of / itself, and all below /etc."""
+    root = lab.root(name)
+    return {str(p): p.stat().st_mode & 0o7777 for p in (root, *(root / "etc").rglob("*")) if p.is_dir()}
+
+
 def acts(calls: list[str]) -> list[str]:
     looks = ("systemd-run", "cloud-init", "networkctl", "ipvsadm -Ln")
     return [call for call in calls if not call.startswith(looks)]
@@ -434,7 +440,7 @@ def test_a_host_that_fails_is_rolled_back_and_stops_the_rest(failing: str, lab: 
     first = cluster_of(folder)
     for name in ("lvs-1", "lvs-2"):
         applying.apply(first, [name], lab.connect, well)
-    before = lab.files("lvs-1")
+    before, modes = lab.files("lvs-1"), folders(lab, "lvs-1")
     lab.calls("lvs-1")
     lab.calls("lvs-2")
     pools = copy.deepcopy(OSPF["local_addresses"])
@@ -448,7 +454,7 @@ def test_a_host_that_fails_is_rolled_back_and_stops_the_rest(failing: str, lab: 
     assert caught.value.details[-1] == (
         "lvs-1 was rolled back; the hosts after it were not touched; the same command goes on"
     )
-    assert lab.files("lvs-1") == before
+    assert lab.files("lvs-1") == before and folders(lab, "lvs-1") == modes
     assert acts(lab.calls("lvs-1"))[-2:] == ["systemctl restart rc-local", "systemctl reload-or-restart keepalived"]
     assert not (lab.root("lvs-1") / "var/lib/timer").exists()
     assert lab.calls("lvs-2") == []
