@@ -319,8 +319,8 @@ def test_spread(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     judge(had(501, 99), had(551, 149), had(601, 199))
     with complaint("198.51.100.1:80 had 150 of 200 sessions, its share is 100"):
         judge(had(501, 99), had(651, 149))
-    with pytest.raises(pytest.skip.Exception, match=r"had 501 of 600 sessions, .*; fewer than 200 new ones in"):
-        judge(had(501, 99), had(521, 99))
+    with complaint("had 501 of 600 sessions, its share is 300"):
+        judge(had(501, 99), had(521, 99))  # too few to tell
 
 
 def test_processes(cluster: Cluster, tmp_path: Path) -> None:
