@@ -29,6 +29,7 @@ from provision import inventory as inventories
 from provision.checks import test_high as high
 from provision.checks import test_low as low
 from provision.checks.conftest import bound
+from provision.checks.conftest import down as down  # the fixture
 from provision.model import Cluster, Director
 from tests.unit.clusters import OSPF, VRRP
 
@@ -255,9 +256,9 @@ def test_services(cluster: Cluster) -> None:
 
 def test_real_servers(cluster: Cluster) -> None:
     def judge(text: str) -> None:
-        high.test_real_servers_are_healthy_and_weighted(ipvs.read(text, ""), cluster.services, down)
+        high.test_real_servers_are_healthy_and_weighted(ipvs.read(text, ""), cluster.services, away)
 
-    down: frozenset[str] = frozenset()
+    away: frozenset[str] = frozenset()
     judge(SERVICES)
     with complaint("TCP [2001:db8:ffff::3]:443: [2001:db8:5::1]:443 is missing (down?)"):
         judge(SERVICES.replace("  -> [2001:db8:5::1]:443          FullNat 1      0          0\n", ""))
@@ -268,7 +269,7 @@ def test_real_servers(cluster: Cluster) -> None:
     with complaint("is reached by Masq, not FNAT"):
         judge(SERVICES.replace("198.51.100.1:443             FullNat", "198.51.100.1:443             Masq   "))
     # Known to be down before: out of the table, or kept with weight 0; nobody else may be.
-    down = frozenset({"198.51.100.2:80"})
+    away = frozenset({"198.51.100.2:80"})
     judge(SERVICES.replace("FullNat 2      2", "FullNat 0      2"))
     judge(re.sub(r"  -> 198\.51\.100\.2:80 .*\n", "", SERVICES))
     with complaint("198.51.100.2:80 has weight 3 for 2"):
@@ -539,10 +540,10 @@ def test_real_servers_answer(tmp_path: Path) -> None:
     with complaint("[2001:db8:5::1]:443: no connection"):
         low.test_real_servers_answer(ask("200", ""), found.services, none)
     # The others are asked still.
-    down = frozenset({"[2001:db8:5::1]:443", "198.51.100.1:443"})
-    low.test_real_servers_answer(ask("200", ""), found.services, down)
+    away = frozenset({"[2001:db8:5::1]:443", "198.51.100.1:443"})
+    low.test_real_servers_answer(ask("200", ""), found.services, away)
     with complaint("http://198.51.100.1:80/ok: 503, not 200"):
-        low.test_real_servers_answer(ask("503", ""), found.services, down)
+        low.test_real_servers_answer(ask("503", ""), found.services, away)
 
 
 def test_toa(cluster: Cluster) -> None:
@@ -623,6 +624,33 @@ def test_a_client_asks_every_vip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         low.test_vips_answer_a_client(cluster.services)
     with pytest.raises(pytest.skip.Exception, match="no service speaks TCP"):
         low.test_vips_answer_a_client(())
+
+
+def test_the_gate_says_what_was_down_before(
+    cluster: Cluster, director: Director, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """To the checks of this host, but for those of traffic; what fails there is what it raises."""
+    told: list[dict[str, str]] = []
+    report = JUNIT.replace("lvs-2", "lvs-1")
+
+    def checks(argv: list[str], *, env: dict[str, str], **_: object) -> SimpleNamespace:
+        words = dict(word.split("=", 1) for word in map(str, argv) if word.startswith("--") and "=" in word)
+        assert words["--hosts"] == "ssh://lvs-1" and argv[argv.index("-m", 3) + 1] == "not traffic"
+        Path(words["--junitxml"]).write_text(report, encoding="utf-8")
+        told.append(env)
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(run, "run", checks)
+    gate = checking.gate(cluster, checking.Where(), 0.1)
+    with pytest.raises(BuildError, match="the checks of lvs-1 pass: not within") as caught:
+        gate(director, frozenset({"198.51.100.2:80", "[2001:db8:5::1]:443"}))
+    assert "✗ vips are on lo: not on lo: 203.0.113.1/32" in caught.value.details
+    monkeypatch.setenv("LVSFORGE_DOWN", told[-1]["LVSFORGE_DOWN"])
+    assert request.getfixturevalue("down") == {"198.51.100.2:80", "[2001:db8:5::1]:443"}
+    report = report.replace("<failure", "<system-out").replace("</failure", "</system-out")
+    report = report.replace("<error", "<system-out").replace("</error", "</system-out")
+    gate(director, frozenset())
+    assert told[-1]["LVSFORGE_DOWN"] == ""
 
 
 def test_the_report_by_host() -> None:
