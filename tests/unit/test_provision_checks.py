@@ -149,8 +149,12 @@ def test_vips_without_a_quorum(tmp_path: Path) -> None:
     second = "  -> 198.51.100.2:80              FullNat 2      2          0\n"
     assert second in SERVICES
 
-    def judge(weight: int, *lo: str) -> None:
-        rows = SERVICES.replace(" 1      3          9", f" {weight}      3          9").replace(second, "")
+    def judge(weight: int, *lo: str, more: str = "") -> None:
+        rows = (
+            SERVICES.replace("TCP  203.0.113.2", f"{more}TCP  203.0.113.2")
+            .replace(" 1      3          9", f" {weight}      3          9")
+            .replace(second, "")
+        )
         rows = rows.replace(second.replace("2          0", "0          0"), "")
         rows = rows.replace("80              FullNat 1      0", f"80              FullNat {weight}      0")
         table = ipvs.read(rows, "")
@@ -159,6 +163,8 @@ def test_vips_without_a_quorum(tmp_path: Path) -> None:
     judge(0)
     with complaint("on lo without a quorum: 203.0.113.1/32"):
         judge(0, VIPS[0])
+    with complaint("on lo without a quorum: 203.0.113.1/32"):  # a sorry server makes none
+        judge(0, VIPS[0], more="  -> 192.0.2.99:81                FullNat 1      0          0\n")
     for lo in ((), VIPS[:1], VIPS[:2]):  # as it was before
         judge(1, *lo)
         judge(2, *lo)
