@@ -441,11 +441,15 @@ def _emulated(
     kernel: develop.Built, work: Path, store: Store, shares: Sequence[Share], may_keep: bool
 ) -> Iterator[Guest]:
     mounts = _mounts(lambda tag, place: f"mount -t 9p -o {_9P},ro {tag} {place}")
+    accelerator = Accelerator.probe(store.root)
+    # Programs may need cmpxchg16b (haproxy dies without it), but the kernel must not use it there: see pipeline.vm.
+    cpu, hidden = ("qemu64", ["clearcpuid=cx16"]) if accelerator.name == "tcg" else (None, [])
     words = [
         f"console=ttyS0 panic=-1 root=/dev/root rootfstype=9p ro rootflags={_9P}",
         # Under emulation a page-table switch at every system call costs more than anything that is measured here.
         "mitigations=off nokaslr audit=0",
         *_words(kernel),
+        *hidden,
         f'init=/bin/sh -- -ec "{mounts}"',
     ]
     with run.temporary_directory("lvsforge-guest-") as sockets, contextlib.ExitStack() as stack:
@@ -455,7 +459,8 @@ def _emulated(
         machine = Machine(
             f"test-{kernel.uname}",
             work,
-            Accelerator.probe(store.root),
+            accelerator,
+            cpu=cpu,
             kernel=kernel.image,
             initrd=kernel.initrd,
             append=" ".join(words),

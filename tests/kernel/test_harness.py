@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.store import Store
+from pipeline.vm import Machine
 from tests.kernel import machine, packets
 from tests.kernel.conftest import Machines
 from tests.kernel.lab import Lab
@@ -48,6 +49,15 @@ def _samples(family: int) -> dict[str, bytes]:
 
 def test_it_is_the_kernel_that_was_asked_for(guest: Guest) -> None:
     assert guest.ask("hello")["uname"] == guest.kernel.uname
+
+
+def test_what_qemu_gets_wrong_is_left_to_programs(guest: Guest) -> None:
+    if not isinstance(guest.machine, Machine) or guest.machine.accelerator.name != "tcg":
+        pytest.skip("no guest of QEMU's TCG: its processor is the host's")
+    flags = next(line for line in guest.read("/proc/cpuinfo").splitlines() if line.startswith("flags"))
+    assert "cx8" in flags.split()
+    assert "cx16" not in flags.split()
+    assert guest.machine.cpu == "qemu64"  # which has it
 
 
 # --- packets
