@@ -28,6 +28,8 @@ STATE = "/var/lib/lvs/apply"  # on the host: the new files, the old ones, and ho
 _UNIT = "lvs-rollback"
 _GRACE = 600  # seconds beyond what a change may take, after which a host goes back by itself
 ROUTING = ("zebra", "ospfd", "ospf6d")
+# In the host's log before each change: what keepalived had complained of earlier is no fault of the change.
+MARK = "lvsforge: its files are changed from here on"
 # Takes a host that was changed, and the real servers that were down before that; raises where the host is not well.
 Gate = Callable[[Host, frozenset[str]], None]
 
@@ -223,7 +225,7 @@ def change(remote: Remote, plan: Plan, gate: Gate, drain: float) -> None:
     paths = [change.path for change in plan.changes]
     gone, added = local_addresses(plan)
     away = down(remote, plan)
-    remote.run(f"umask 077; mkdir -p {STATE}; chmod 711 {STATE}", what="making room")
+    remote.run(f"umask 077; mkdir -p {STATE}; chmod 711 {STATE}; logger -p daemon.info '{MARK}'", what="making room")
     remote.put(pack(plan.files), f"{STATE}/new.tar")
     remote.run(_UNPACK, what="the new files' own checkers")
     back = rebinding([(c.new, c.old) for c in plan.keepalived])

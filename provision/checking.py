@@ -105,7 +105,7 @@ def gate(cluster: Cluster, where: Where, seconds: float) -> Gate:
         failed: list[Outcome] = []
 
         def well() -> bool:
-            outcomes = examine(cluster, [host], where, expression="not traffic", down=down)
+            outcomes = examine(cluster, [host], where, expression="not traffic", changing=True, down=down)
             failed[:] = [each for each in outcomes if each.result == "failed"]
             return not failed
 
@@ -132,6 +132,7 @@ def examine(
     expression: str = "",
     k: str = "",
     junit: Path | None = None,
+    changing: bool = False,
     down: frozenset[str] = frozenset(),
 ) -> list[Outcome]:
     """Run the checks in a process of their own.
@@ -141,6 +142,7 @@ def examine(
         expression: pytest's `-m`, or "".
         k: pytest's `-k`, or "".
         junit: a file that takes the report, too.
+        changing: whether they are just being changed; what they logged before does not count then.
         down: real servers, as `10.0.0.1:80`, that are known to be down and may be.
 
     Raises:
@@ -158,7 +160,7 @@ def examine(
         argv += ["-k", k] if k else []
         known = {name: os.environ[name] for name in ("SSH_AUTH_SOCK", "USER", "LOGNAME") if name in os.environ}
         own = {"LVSFORGE_CLUSTER": str(cluster.path.resolve()), "LVSFORGE_SSH": str(config)}
-        own["LVSFORGE_DOWN"] = " ".join(sorted(down))
+        own |= {"LVSFORGE_DOWN": " ".join(sorted(down)), "LVSFORGE_CHANGING": "yes" if changing else ""}
         with progress.step(f"checking {len(hosts)} hosts"):
             result = run.run(
                 argv,

@@ -96,6 +96,12 @@ def down() -> frozenset[str]:
 
 
 @pytest.fixture
+def changing() -> bool:
+    """Whether `apply` asks, of a host that it is just changing."""
+    return bool(os.environ.get("LVSFORGE_CHANGING"))
+
+
+@pytest.fixture
 def addresses(ask: Ask) -> dict[str, set[str]]:
     """The addresses on each interface, with prefix length."""
     return bound(ask("ip -j address show"))

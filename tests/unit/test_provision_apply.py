@@ -61,7 +61,7 @@ case ${0##*/} in
     *) ! grep -q broken "$file" || echo "No such command on config line 2: hostname broken" >&2 ;;
 esac
 """
-FAKES = ("systemctl", "systemd-run", "ipvsadm", "ip", "networkctl", "cloud-init")
+FAKES = ("systemctl", "systemd-run", "ipvsadm", "ip", "networkctl", "cloud-init", "logger")
 
 
 @dataclass
@@ -108,12 +108,12 @@ class Lab:
             raise BuildError(f"{host.name}: no connection: refused", f"ssh root@{host.name}")
         yield LabRemote(host.name, self)
 
-    def calls(self, name: str) -> list[str]:
-        """What was called since it was last asked."""
+    def calls(self, name: str, *, marks: bool = False) -> list[str]:
+        """What was called since it was last asked; marks in the log, which all changes begin with, only if wanted."""
         file = self.root(name) / "var/lib/calls"
         lines = file.read_text().splitlines() if file.exists() else []
         file.unlink(missing_ok=True)
-        return lines
+        return [line for line in lines if marks or not line.startswith("logger ")]
 
     def files(self, name: str) -> dict[str, tuple[bytes, int, int]]:
         """A host's /etc, without what every host has: content, mode, owner."""
@@ -592,6 +592,14 @@ def test_draining_a_real_server_to_its_end(lab: Lab, folder: Path) -> None:
         "systemctl reload-or-restart keepalived",
     ]
     assert "198.51.100.1 80" not in lab.files("lvs-1")["/etc/keepalived/web.conf"][0].decode()
+
+
+def test_the_log_says_when_a_change_begins(lab: Lab, folder: Path) -> None:
+    """Before it: what keepalived says of the new files is of the change."""
+    applying.apply(cluster_of(folder), ["lvs-1"], lab.connect, well)
+    calls = lab.calls("lvs-1", marks=True)
+    mark = calls.index(f"logger -p daemon.info {applying.MARK}")
+    assert mark < calls.index("systemctl reload-or-restart keepalived")
 
 
 TABLE = """\

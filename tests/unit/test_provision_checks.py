@@ -23,12 +23,14 @@ import yaml
 
 from pipeline import run
 from pipeline.errors import BuildError
+from provision import apply as applying
 from provision import checking, ipvs
 from provision import cluster as clusters
 from provision import inventory as inventories
 from provision.checks import test_high as high
 from provision.checks import test_low as low
 from provision.checks.conftest import bound
+from provision.checks.conftest import changing as changing  # the fixture
 from provision.checks.conftest import down as down  # the fixture
 from provision.model import Cluster, Director
 from tests.unit.clusters import OSPF, VRRP
@@ -284,6 +286,34 @@ def test_real_servers(cluster: Cluster) -> None:
         judge(re.sub(r"  -> 198\.51\.100\.1:80 .*\n", "", SERVICES))
 
 
+def test_a_sorry_server_stands_in_without_a_quorum(tmp_path: Path) -> None:
+    services = copy.deepcopy(OSPF["services"])
+    services[0].update(quorum=2, hysteresis=1, sorry_servers=[{"address": "192.0.2.99", "port": 81}])
+    cluster = load(tmp_path, {**OSPF, "services": services})
+    sorry = "  -> 192.0.2.99:81                FullNat 1      0          0\n"
+    away = frozenset({"198.51.100.1:80", "198.51.100.2:80"})
+
+    def judge(weight: int, row: str = sorry) -> None:
+        first = "TCP  203.0.113.1:80 "
+        text = re.sub(r"  -> 198\.51\.100\.[12]:80 .*\n", "", SERVICES)
+        head, line, rest = text.partition(next(each for each in text.splitlines(True) if each.startswith(first)))
+        alive = f"  -> 198.51.100.2:80 FullNat {weight} 0 0\n" if weight else ""
+        high.test_real_servers_are_healthy_and_weighted(
+            ipvs.read(head + line + alive + row + rest, ""), cluster.services, away
+        )
+
+    judge(0)
+    with complaint("TCP 203.0.113.1:80: 192.0.2.98:81 is not wanted"):
+        judge(0, sorry.replace("99", "98"))
+    services[0]["real_servers"][1]["weight"] = 3
+    cluster = load(tmp_path, {**OSPF, "services": services})
+    with complaint("TCP 203.0.113.1:80: 192.0.2.99:81 is not wanted"):
+        judge(3)
+    services[0]["real_servers"][1]["weight"] = 2
+    cluster = load(tmp_path, {**OSPF, "services": services})
+    judge(2)  # hysteresis: not yet back
+
+
 def test_a_drained_real_server_may_be_away(tmp_path: Path) -> None:
     services = copy.deepcopy(OSPF["services"])
     services[0]["real_servers"][1]["weight"] = 0
@@ -472,9 +502,19 @@ def test_routes_of_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_log(line: str) -> None:
-    high.test_keepalived_has_nothing_to_complain_about(asker(tail=LOG))
+    def judge(text: str, *, during: bool = False) -> None:
+        high.test_keepalived_has_nothing_to_complain_about(asker(tail=text), during)
+
+    judge(LOG)
+    judge(LOG, during=True)
+    bad, mark = f"Nov 28 05:00:09 lvs-1 {line}\n", f"Nov 28 05:00:10 lvs-1 root: {applying.MARK}\n"
+    for text in (LOG + bad, LOG + mark + bad, LOG + mark + mark + bad):
+        for during in (False, True):
+            with complaint("1 lines, the last: Nov 28 05:00:09"):
+                judge(text, during=during)
+    judge(LOG + mark + bad + mark, during=True)  # it was so before this change
     with complaint("1 lines, the last: Nov 28 05:00:09"):
-        high.test_keepalived_has_nothing_to_complain_about(asker(tail=f"{LOG}Nov 28 05:00:09 lvs-1 {line}\n"))
+        judge(LOG + mark + bad + mark)
 
 
 def test_units(cluster: Cluster) -> None:
@@ -651,6 +691,8 @@ def test_the_gate_says_what_was_down_before(
     with pytest.raises(BuildError, match="the checks of lvs-1 pass: not within") as caught:
         gate(director, frozenset({"198.51.100.2:80", "[2001:db8:5::1]:443"}))
     assert "✗ vips are on lo: not on lo: 203.0.113.1/32" in caught.value.details
+    monkeypatch.setenv("LVSFORGE_CHANGING", told[-1]["LVSFORGE_CHANGING"])
+    assert request.getfixturevalue("changing") is True
     monkeypatch.setenv("LVSFORGE_DOWN", told[-1]["LVSFORGE_DOWN"])
     assert request.getfixturevalue("down") == {"198.51.100.2:80", "[2001:db8:5::1]:443"}
     report = report.replace("<failure", "<system-out").replace("</failure", "</system-out")
