@@ -120,3 +120,39 @@ def test_local_addresses_that_are_not_wanted_any_more_go(tmp_path: Path) -> None
     ]
     assert again("") == ["ip address del 192.168.100.2/32 dev eth1", "ip address del 192.168.100.9/32 dev eth1"]
     assert again("") == []
+
+
+@pytest.mark.runs("bash")
+@pytest.mark.parametrize(
+    "line",
+    [
+        'LOCAL_ADDRESSES="192.168.100.2, 192.168.100.9"',
+        'LOCAL_ADDRESSES="192.168.100.2',
+        'LOCAL_ADRESSES="192.168.100.2"',
+        'LOCAL_ADDRESSES="192.168.100.2 here"',
+        'LOCAL_ADDRESSES="192.168.100.2"\nLOCAL_DEVICE=eth7',
+        'LOCAL_ADDRESSES="192.168.100.2"\nDOWNLINK eth1',
+    ],
+)
+def test_no_local_address_goes_for_a_slip_of_the_pen(tmp_path: Path, line: str) -> None:
+    """Thousands of connections go with each; once the file is mended, what it does not name goes."""
+    case = next(c for c in CASES if c.name == "two-nics")
+    play(tmp_path, case)
+    conf, listed = tmp_path / "etc/lvs/host.conf", tmp_path / "run/lvs/local-addresses"
+    text, before = conf.read_text(encoding="ascii"), set(listed.read_text(encoding="ascii").splitlines())
+    assert before
+
+    def again(line: str) -> tuple[str, list[str]]:
+        conf.write_text(f"{text}{line}\n", encoding="ascii")
+        (tmp_path / "calls").unlink()
+        said = run.run(["bash", SCRIPT], env={"LVS_ROOT": str(tmp_path)}).stderr
+        lines = (tmp_path / "calls").read_text(encoding="ascii").splitlines()
+        return said, sorted(line for line in lines if line.startswith("ip address del"))
+
+    said, gone = again(line)
+    assert gone == []
+    assert "no local address is removed before" in said
+    assert set(listed.read_text(encoding="ascii").splitlines()) >= before
+    said, gone = again('LOCAL_ADDRESSES="192.168.100.2"')
+    assert "is removed before" not in said
+    assert gone == ["ip address del 192.168.100.1/32 dev eth1", "ip address del 2001:db8::1/128 dev eth1"]
