@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from pipeline import progress, run
 from pipeline.errors import BuildError
-from provision import ipvs, secret
+from provision import ipvs, local_addresses, secret
 from provision.host import File, Host
 from provision.model import Cluster, Director
 from provision.remote import Opener, Remote
@@ -223,7 +223,7 @@ def change(remote: Remote, plan: Plan, gate: Gate, drain: float) -> None:
         BuildError: what failed; the host has its old files again and was told so.
     """
     paths = [change.path for change in plan.changes]
-    gone, added = local_addresses(plan)
+    gone, added = moved(plan)
     away = down(remote, plan)
     remote.run(f"umask 077; mkdir -p {STATE}; chmod 711 {STATE}; logger -p daemon.info '{MARK}'", what="making room")
     remote.put(pack(plan.files), f"{STATE}/new.tar")
@@ -237,7 +237,9 @@ def change(remote: Remote, plan: Plan, gate: Gate, drain: float) -> None:
         vips = rebinding([(c.old, c.new) for c in plan.keepalived])
         remote.run("\n".join([*before, *(_ACT[area] for area in first), *vips]), what=f"changing {' '.join(first)}")
         if gone and "keepalived" in plan.areas:
-            drained(remote, [address.split("/")[0] for address, _ in gone], drain)
+            # One that only moves to another interface stays in use.
+            going = {address for address, _ in gone} - {address for address, _ in added}
+            local_addresses.drained(remote, [address.split("/")[0] for address in going], drain)
         rest = [area for area in plan.areas if area not in first]
         remote.run("\n".join(_ACT[area] for area in rest), what=f"changing {' '.join(rest)}")
         gate(plan.host, away)
@@ -311,15 +313,13 @@ def go_back_if_left(remote: Remote) -> None:
     )
 
 
-def local_addresses(plan: Plan) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+def moved(plan: Plan) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """The local addresses that go and that come, each with prefix length and the interface."""
     found: list[dict[str, str]] = []
     change = next((each for each in plan.changes if each.path == "/etc/lvs/host.conf"), None)
     for file in (change.old, change.new) if change else (None, None):
-        data = dict(line.split("=", 1) for line in (file.content if file else "").splitlines() if "=" in line)
-        device = data.get("DOWNLINK", "")
-        words = data.get("LOCAL_ADDRESSES", "").strip('"').split()
-        found.append({f"{word}/{128 if ':' in word else 32}": device for word in words})
+        there = local_addresses.listed(file.content if file else "")
+        found.append({f"{address}/{128 if ':' in address else 32}": device for address, device in there.items()})
     old, new = found
     return [(a, d) for a, d in old.items() if new.get(a) != d], [(a, d) for a, d in new.items() if old.get(a) != d]
 
@@ -356,27 +356,6 @@ def rebinding(changes: Sequence[tuple[File | None, File | None]]) -> list[str]:
                     f'[ -z "$(ip -o address show dev {dev} to {stays})" ] || ip address replace {vip} dev {dev}'
                 )
     return lines
-
-
-def drained(remote: Remote, addresses: Sequence[str], seconds: float) -> None:
-    """Wait until no connection uses a local address that goes; what is left after that is cut."""
-
-    def connections() -> int:
-        rows = [
-            line.split() for line in remote.run("ipvsadm -Gn", what="asking for local addresses").stdout.splitlines()
-        ]
-        return sum(int(row[-1]) for row in rows if len(row) >= 3 and row[0] in addresses and row[-1].isdigit())
-
-    try:
-        run.wait_until(
-            lambda: connections() == 0, deadline=seconds, what="connections of a local address end", hint="-"
-        )
-    except BuildError as error:
-        if not error.message.startswith("connections of"):
-            raise
-        progress.note(
-            f"{remote.name}: {connections()} connections of {', '.join(addresses)} are cut after {seconds:.0f} s"
-        )
 
 
 def pack(files: Sequence[File]) -> bytes:
