@@ -181,6 +181,8 @@ def apply(
 ) -> list[str]:
     """Bring hosts to what the cluster file says: real servers first, then directors, a master last.
 
+    A director that gives a local address up comes before the one that gets it.
+
     Args:
         cluster: the cluster.
         names: only these hosts; all where empty.
@@ -193,13 +195,15 @@ def apply(
         What was done, a line for each host.
 
     Raises:
-        BuildError: a host failed; it was rolled back, those before it are changed, those after it are not.
+        BuildError: a local address would be on two directors, and no host was changed; or a host failed: it was rolled
+            back, those before it are changed, those after it are not.
     """
     if dry_run:
         return plan(cluster, names, connect)
     render = Renderer(cluster)
     lines = []
-    for host in sorted(cluster.chosen(tuple(names)), key=_order):
+    hosts = sorted(cluster.chosen(tuple(names)), key=_order)
+    for host in local_addresses.in_turn(cluster, hosts, connect, STATE):
         with progress.step(f"applying to {host.name}"), connect(host) as remote:
             go_back_if_left(remote)
             found = compare(remote, host, render.root_files(host))
