@@ -229,10 +229,13 @@ def change(remote: Remote, plan: Plan, gate: Gate, drain: float) -> None:
     paths = [change.path for change in plan.changes]
     gone, added = moved(plan)
     away = down(remote, plan)
-    remote.run(f"umask 077; mkdir -p {STATE}; chmod 711 {STATE}; logger -p daemon.info '{MARK}'", what="making room")
+    seen = f"; ip -o address show >{STATE}/addresses" if added else ""
+    remote.run(f"umask 077; mkdir -p {STATE}; chmod 711 {STATE}{seen}; logger -p daemon.info '{MARK}'", what="making room")
     remote.put(pack(plan.files), f"{STATE}/new.tar")
     remote.run(_UNPACK, what="the new files' own checkers")
-    back = rebinding([(c.new, c.old) for c in plan.keepalived])
+    # Of these rc.local does not know: it has not run yet, or failed.
+    back = [_removal(address, device) for address, device in added]
+    back += rebinding([(c.new, c.old) for c in plan.keepalived])
     remote.run(_keep(paths, plan.areas, back, int(drain) + _GRACE), what="keeping the old files")
     try:
         remote.run(_install([file.path for file in plan.files], [c.path for c in plan.changes if c.new is None]))
@@ -331,6 +334,12 @@ def moved(plan: Plan) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 def _addition(address: str, device: str) -> str:
     """As rc.local does it: the host itself never speaks from an IPv6 one."""
     return f"ip address replace {address} dev {device}{' preferred_lft 0' if ':' in address else ''}"
+
+
+def _removal(address: str, device: str) -> str:
+    """Undoes `_addition`, but for an address that was there before: somebody else's."""
+    there = shlex.quote(f"^[0-9]*: {device} .* {address} ")
+    return f"grep -q {there} {STATE}/addresses || ip address del {address} dev {device} 2>/dev/null || :"
 
 
 # What a service's quorum_up does; keepalived runs it when the quorum comes, and not when a reload changes the script.

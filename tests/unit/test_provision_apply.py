@@ -48,6 +48,7 @@ case "$name $*" in
     "sysctl -e "*) shift; for key; do echo "$key = 7"; done; exit 0 ;;
     "ipvsadm -Ln") cat /var/lib/table 2>/dev/null ;;
     "ipvsadm -Gn") cat /var/lib/ipvsadm 2>/dev/null; : >/var/lib/ipvsadm ;;
+    "ip -o address show") cat /var/lib/addresses 2>/dev/null ;;
 esac
 echo "$name $*" >>/var/lib/calls
 ! grep -qxF -- "$name $*" /var/lib/failing 2>/dev/null
@@ -209,6 +210,7 @@ def test_a_new_host_then_nothing_to_do(lab: Lab, folder: Path) -> None:
     calls = lab.calls("lvs-1")
     local = [f"{a}/{a.max_prefixlen}" for a in cluster.directors[0].all_local_addresses]
     assert acts(calls) == [
+        "ip -o address show",
         *(f"ip address replace {each} dev eth1{' preferred_lft 0' if ':' in each else ''}" for each in local),
         "systemd-sysctl ",
         "systemctl reload-or-restart keepalived",
@@ -420,6 +422,20 @@ def test_a_local_address_goes_when_keepalived_has_given_it_up(lab: Lab, folder: 
         "awk /proc/net/ip_vs_conn",  # its connections have ended
         "systemctl restart rc-local",
     ]
+
+
+def test_local_addresses_that_were_added_are_rolled_back(lab: Lab, folder: Path) -> None:
+    """After keepalived has its old files again, and not one that was there before: it is somebody else's."""
+    applying.apply(without(folder, "192.168.100.3", "192.168.100.4"), ["lvs-1"], lab.connect, well)
+    lab.calls("lvs-1")
+    (lab.root("lvs-1") / "var/lib/addresses").write_text(
+        "2: eth0    inet 192.168.100.3/32 scope global eth0\n3: eth1    inet 192.168.100.4/32 scope global eth1\n"
+    )
+    with pytest.raises(BuildError, match="lvs-1 is not well"):
+        applying.apply(cluster_of(folder), ["lvs-1"], lab.connect, sick)
+    calls = acts(lab.calls("lvs-1"))
+    assert calls[-2:] == ["systemctl reload-or-restart keepalived", "ip address del 192.168.100.3/32 dev eth1"]
+    assert "ip address replace 192.168.100.4/32 dev eth1" in calls
 
 
 def test_a_file_that_its_daemon_refuses_is_not_installed(lab: Lab, folder: Path) -> None:
