@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import paramiko
 from fabric import Config, Connection
+from invoke.exceptions import CommandTimedOut, ThreadException
 
 from pipeline import progress, run
 from pipeline.errors import BuildError
@@ -19,6 +20,11 @@ from provision import secret
 from provision.host import Host
 
 _CONNECT_SECONDS = 20
+# A script that takes longer is given up. The slowest restart all services of a host; emulated ones need a minute.
+SCRIPT_SECONDS = 300
+# Of a path that is cut a host hears nothing, and neither do we: we speak when nothing is said, and want it received.
+_KEEPALIVE_SECONDS = 15
+_SILENT_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Remote(Protocol):
             what: what was being done, for the error.
 
         Raises:
-            BuildError: it failed (with `check`), or the connection did.
+            BuildError: it failed (with `check`), took longer than `SCRIPT_SECONDS`, or the connection failed.
         """
 
     def put(self, data: bytes, path: str) -> None:
@@ -82,21 +88,26 @@ class Shell:
                 warn=True,
                 pty=False,
                 encoding="utf-8",
+                timeout=SCRIPT_SECONDS,
             )
+        except CommandTimedOut:
+            raise BuildError(
+                f"{self.name}: {what or 'a script'} took longer than {SCRIPT_SECONDS} s",
+                f"ssh root@{self.name}   (and look what hangs)",
+            ) from None
+        except ThreadException as error:
+            raise _lost(self.name, error.exceptions[0].value) from None
         except (OSError, EOFError, paramiko.SSHException) as error:
             raise _lost(self.name, error) from None
+        if result.exited == -1:  # paramiko's, where the connection ended before the script
+            raise _lost(self.name, EOFError("it broke"))
         answer = Answer(result.exited, result.stdout, result.stderr)
-        if check and answer.status != 0:
-            raise BuildError(
-                f"{self.name}: {what or 'a script'} failed with exit status {answer.status}",
-                f"ssh root@{self.name}   (and look)",
-                run.tail(secret.hide(answer.stderr or answer.stdout)),
-            )
-        return answer
+        return judged(self.name, answer, what) if check else answer
 
     def put(self, data: bytes, path: str) -> None:
         try:
             sftp = self._connection.sftp()
+            sftp.get_channel().settimeout(SCRIPT_SECONDS)
             with sftp.open(path, "wb") as file:
                 file.chmod(0o600)
                 file.set_pipelined(True)
@@ -105,6 +116,21 @@ class Shell:
             raise BuildError(
                 f"{self.name}:{path} could not be written: {error}", f"ssh root@{self.name} df -h {Path(path).parent}"
             ) from None
+
+
+def judged(name: str, answer: Answer, what: str) -> Answer:
+    """A host's answer, where it is a success.
+
+    Raises:
+        BuildError: the exit status is not 0.
+    """
+    if answer.status != 0:
+        raise BuildError(
+            f"{name}: {what or 'a script'} failed with exit status {answer.status}",
+            f"ssh root@{name}   (and look)",
+            run.tail(secret.hide(answer.stderr or answer.stdout)),
+        )
+    return answer
 
 
 def braced(script: str) -> str:
@@ -129,6 +155,7 @@ def opener(ssh_config: Path | None) -> Opener:
         try:
             _judge_host_keys(connection, address)
             connection.open()
+            _bound(connection.transport)
         except (OSError, EOFError, paramiko.SSHException, socket.gaierror) as error:
             connection.close()
             raise _lost(host.name, error) from None
@@ -138,6 +165,14 @@ def opener(ssh_config: Path | None) -> Opener:
             connection.close()
 
     return connect
+
+
+def _bound(transport: Any) -> None:
+    """Make a path that is cut an error in `_KEEPALIVE_SECONDS` and `_SILENT_SECONDS`."""
+    transport.set_keepalive(_KEEPALIVE_SECONDS)
+    transport.channel_timeout = SCRIPT_SECONDS
+    if isinstance(transport.sock, socket.socket):  # and no ProxyCommand
+        transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENT_SECONDS * 1000)
 
 
 def _judge_host_keys(connection: Any, address: str) -> None:
