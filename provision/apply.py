@@ -18,19 +18,22 @@ from dataclasses import dataclass
 
 from pipeline import progress, run
 from pipeline.errors import BuildError
-from provision import ipvs, local_addresses, secret
+from provision import claim, ipvs, local_addresses, secret
 from provision.host import File, Host
 from provision.model import Cluster, Director
-from provision.remote import Opener, Remote
+from provision.remote import SCRIPT_SECONDS, Opener, Remote
 from provision.render import NETWORK, Renderer
 
 STATE = "/var/lib/lvs/apply"  # on the host: the new files, the old ones, and how to go back
-_UNIT = "lvs-rollback"
-_GRACE = 600  # seconds beyond what a change may take, after which a host goes back by itself
+_UNIT = claim.UNIT
+GATE_MOST = 600  # seconds that a gate may take: rollout.GATE_SECONDS, and as long again for a round that has begun
+# Seconds beyond the drain after which a host goes back by itself: a slow script, and the longest gate.
+_GRACE = SCRIPT_SECONDS + GATE_MOST
 ROUTING = ("zebra", "ospfd", "ospf6d")
 # In the host's log before each change: what keepalived had complained of earlier is no fault of the change.
 MARK = "lvsforge: its files are changed from here on"
-# Takes a host that was changed, and the real servers that were down before that; raises where the host is not well.
+# Takes a host that was changed, and the real servers that were down before that; raises where the host is not well,
+# within GATE_MOST seconds.
 Gate = Callable[[Host, frozenset[str]], None]
 
 
@@ -177,7 +180,14 @@ def fetch(remote: Remote, paths: Iterable[str]) -> dict[str, File]:
 
 
 def apply(
-    cluster: Cluster, names: Sequence[str], connect: Opener, gate: Gate, *, drain: float = 60, dry_run: bool = False
+    cluster: Cluster,
+    names: Sequence[str],
+    connect: Opener,
+    gate: Gate,
+    *,
+    drain: float = 60,
+    dry_run: bool = False,
+    take_over: bool = False,
 ) -> list[str]:
     """Bring hosts to what the cluster file says: real servers first, then directors, a master last.
 
@@ -190,22 +200,27 @@ def apply(
         gate: the checks that a changed host must pass.
         drain: seconds that connections of a local address that goes may take to end.
         dry_run: only say what differs.
+        take_over: go back now from what another run is changing.
 
     Returns:
         What was done, a line for each host.
 
     Raises:
         BuildError: a local address would be on two directors, and no host was changed; or a host failed: it was rolled
-            back, those before it are changed, those after it are not.
+            back, those before it are changed, those after it are not. Or it is another run's: then it is as it was.
     """
     if dry_run:
         return plan(cluster, names, connect)
     render = Renderer(cluster)
     lines = []
     hosts = sorted(cluster.chosen(tuple(names)), key=_order)
+    hint = f"invoke apply --cluster {cluster.path} --take-over"
     for host in local_addresses.in_turn(cluster, hosts, connect, STATE):
-        with progress.step(f"applying to {host.name}"), connect(host) as remote:
-            go_back_if_left(remote)
+        with (
+            progress.step(f"applying to {host.name}"),
+            connect(host) as free,
+            claim.held(free, int(drain) + _GRACE, f"{STATE}/rollback", take_over=take_over, hint=hint) as remote,
+        ):
             found = compare(remote, host, render.root_files(host))
             if not found.changes:
                 lines.append(f"{host.name}: nothing to do")
@@ -230,13 +245,17 @@ def change(remote: Remote, plan: Plan, gate: Gate, drain: float) -> None:
     gone, added = moved(plan)
     away = down(remote, plan)
     seen = f"; ip -o address show >{STATE}/addresses" if added else ""
-    remote.run(f"umask 077; mkdir -p {STATE}; chmod 711 {STATE}{seen}; logger -p daemon.info '{MARK}'", what="making room")
+    remote.run(
+        f"umask 077; mkdir -p {STATE}; chmod 711 {STATE}{seen}; logger -p daemon.info '{MARK}'", what="making room"
+    )
     remote.put(pack(plan.files), f"{STATE}/new.tar")
     remote.run(_UNPACK, what="the new files' own checkers")
     # Of these rc.local does not know: it has not run yet, or failed.
     back = [_removal(address, device) for address, device in added]
     back += rebinding([(c.new, c.old) for c in plan.keepalived])
-    remote.run(_keep(paths, plan.areas, back, int(drain) + _GRACE), what="keeping the old files")
+    seconds = int(drain) + _GRACE
+    keep = _keep(paths, plan.areas, back, seconds)
+    remote.run(f"{keep}\n{claim.extended(seconds)}", what="keeping the old files")
     try:
         remote.run(_install([file.path for file in plan.files], [c.path for c in plan.changes if c.new is None]))
         before = [_addition(address, device) for address, device in added]
@@ -255,7 +274,7 @@ def change(remote: Remote, plan: Plan, gate: Gate, drain: float) -> None:
     except BaseException:
         _back(remote)
         raise
-    remote.run(_DONE, what="ending the change")
+    _end(remote, seconds)
     if left := unsaid(plan):
         progress.note(f"{remote.name}: no file says {', '.join(left)} any more: as they are until it boots again")
 
@@ -302,22 +321,33 @@ def unsaid(plan: Plan) -> list[str]:
     return sorted(before - after)
 
 
+def _end(remote: Remote, seconds: int) -> None:
+    """Stop the timer, while it still runs.
+
+    Raises:
+        BuildError: it did not: the host has gone back.
+    """
+    try:
+        answer = remote.run(_ENDING, what="ending the change")
+    except BuildError as error:
+        unknown = f"{remote.name} goes back by itself, unless this was its last step: invoke plan shows it"
+        raise BuildError(error.message, error.hint, [*error.details, unknown]) from error
+    if "back" in answer.stdout.split():
+        raise BuildError(
+            f"{remote.name} has gone back to its old files by itself, as it does after {seconds} s",
+            f"ssh root@{remote.name} journalctl -u {_UNIT}   (then the same command again)",
+            ["or it has booted meanwhile: invoke plan shows which files it has; the hosts after it were not touched"],
+        )
+
+
 def _back(remote: Remote) -> list[str]:
     """Roll a host back; returns how that went, for the error."""
     try:
         answer = remote.run(f"/bin/sh {STATE}/rollback\n{_DONE}", what="rolling back")
     except BuildError as error:
-        return [f"{remote.name} was not rolled back ({error.message}); it does so by itself within {_GRACE} s"]
+        return [f"{remote.name} was not rolled back ({error.message}); its timer does so, or who has it now"]
     back = f"{remote.name} was rolled back; the hosts after it were not touched; the same command goes on"
     return [*(f"rolling back: {line}" for line in run.tail(answer.stderr)), back]
-
-
-def go_back_if_left(remote: Remote) -> None:
-    """A change that was cut off (we were killed, the connection broke) is undone before anything else."""
-    remote.run(
-        f"if systemctl is-active --quiet {_UNIT}.timer; then /bin/sh {STATE}/rollback; {_DONE}; fi",
-        what="undoing a change that was cut off",
-    )
 
 
 def moved(plan: Plan) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -468,7 +498,14 @@ keys=$(sed -n 's/^ *\\([a-z][^ =]*\\) *=.*/\\1/p' new/etc/sysctl.d/*.conf 2>/dev
 sysctl -e $keys >settings 2>/dev/null || :
 """
 
-_DONE = f"systemctl stop {_UNIT}.timer 2>/dev/null || :; systemctl reset-failed {_UNIT} 2>/dev/null || :"
+_DONE = claim.STOP
+# A timer that has fired is active for as long as its service is, and then gone.
+_ENDING = f"""
+systemctl is-active --quiet {_UNIT}.timer || {{ echo back; exit 0; }}
+systemctl stop {_UNIT}.timer
+! systemctl is-active --quiet {_UNIT}.service || echo back
+systemctl reset-failed {_UNIT} 2>/dev/null || :
+"""
 
 
 def _keep(paths: Sequence[str], areas: Sequence[str], back: Sequence[str], seconds: int) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import time
 import xml.etree.ElementTree
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from pipeline import progress, run, settings
 from pipeline.errors import BuildError
-from provision.apply import Gate
+from provision.apply import GATE_MOST, Gate
 from provision.host import Host
 from provision.model import Cluster
 
@@ -98,14 +99,17 @@ def check(
 def gate(cluster: Cluster, where: Where, seconds: float) -> Gate:
     """What `apply` asks of a host that it has changed: all checks but those of traffic, within some time.
 
-    Health checks and routing need a while after a change; whoever is not well when it is over has failed.
+    Health checks and routing need a while after a change; whoever is not well when it is over has failed. A round that
+    has begun by then may end, within `GATE_MOST` seconds of the first: the host would go back before it said so.
     """
 
     def judge(host: Host, down: frozenset[str]) -> None:
         failed: list[Outcome] = []
+        end = time.monotonic() + GATE_MOST
 
         def well() -> bool:
-            outcomes = examine(cluster, [host], where, expression="not traffic", changing=True, down=down)
+            left = max(1.0, end - time.monotonic())
+            outcomes = examine(cluster, [host], where, expression="not traffic", changing=True, down=down, seconds=left)
             failed[:] = [each for each in outcomes if each.result == "failed"]
             return not failed
 
@@ -134,6 +138,7 @@ def examine(
     junit: Path | None = None,
     changing: bool = False,
     down: frozenset[str] = frozenset(),
+    seconds: float = 0,
 ) -> list[Outcome]:
     """Run the checks in a process of their own.
 
@@ -144,6 +149,7 @@ def examine(
         junit: a file that takes the report, too.
         changing: whether they are just being changed; what they logged before does not count then.
         down: real servers, as `10.0.0.1:80`, that are known to be down and may be.
+        seconds: that they may take; 0 goes by the number of hosts.
 
     Raises:
         BuildError: they did not run.
@@ -168,7 +174,7 @@ def examine(
                 env={**known, **own, "LVSFORGE_CLIENT": where.client, "PYTHONDONTWRITEBYTECODE": "1"},
                 check=False,
                 log=log,
-                timeout=_SECONDS + _SECONDS_PER_HOST * len(hosts),
+                timeout=seconds or _SECONDS + _SECONDS_PER_HOST * len(hosts),
                 what="checking hosts",
             )
         if k and result.returncode == 5:

@@ -30,6 +30,7 @@ class Options:
         drain: seconds that connections may take to end.
         connect: what opens connections; ssh where it is None.
         gate: the checks of a changed host; all but those of traffic where it is None.
+        take_over: go back now from what another run is changing.
     """
 
     apply: bool = False
@@ -37,6 +38,7 @@ class Options:
     drain: float = 300.0
     connect: Opener | None = None
     gate: Callable[[Cluster], applying.Gate] | None = None
+    take_over: bool = False
 
     @property
     def open(self) -> Opener:
@@ -57,7 +59,9 @@ def apply(path: Path, names: Sequence[str], options: Options) -> list[str]:
 def _apply(cluster: Cluster, names: Sequence[str], options: Options) -> list[str]:
     gate = options.gate(cluster) if options.gate else checking.gate(cluster, options.where, GATE_SECONDS)
     dry = settings.current.dry_run
-    return applying.apply(cluster, names, options.open, gate, drain=options.drain, dry_run=dry)
+    return applying.apply(
+        cluster, names, options.open, gate, drain=options.drain, dry_run=dry, take_over=options.take_over
+    )
 
 
 def perform(path: Path, change: ops.Change, options: Options, before: Callable[[ops.Edit], None] | None = None) -> None:

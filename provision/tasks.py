@@ -73,10 +73,23 @@ def plan(_c: Any, cluster: str, host: Any = None, ssh_config: str = "") -> None:
     print("\n".join(applying.plan(found, host or (), opener(_where(ssh_config).ssh_config))))
 
 
-@command("dry_run", iterable=["host"], help={**_CLUSTER, **_HOST, **_REACH, **_DRAIN})
-def apply(_c: Any, cluster: str, host: Any = None, ssh_config: str = "", drain: float = 60.0) -> None:
+@command(
+    "dry_run",
+    iterable=["host"],
+    help={
+        **_CLUSTER,
+        **_HOST,
+        **_REACH,
+        **_DRAIN,
+        "take_over": "where another run is changing a host, go back from that now, and take its place",
+    },
+)
+def apply(
+    _c: Any, cluster: str, host: Any = None, ssh_config: str = "", drain: float = 60.0, take_over: bool = False
+) -> None:
     """Bring hosts to what the cluster file says, one at a time, each checked; the first failure is rolled back."""
-    print("\n".join(rollout.apply(Path(cluster), host or (), rollout.Options(True, _where(ssh_config), drain))))
+    options = rollout.Options(True, _where(ssh_config), drain, take_over=take_over)
+    print("\n".join(rollout.apply(Path(cluster), host or (), options)))
 
 
 @command(
