@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from pipeline import progress, run
 from pipeline.errors import BuildError
-from provision import claim, ipvs, local_addresses, secret
+from provision import claim, ipvs, local_addresses, secret, vrrp
 from provision.host import File, Host
 from provision.model import Cluster, Director
 from provision.remote import SCRIPT_SECONDS, Opener, Remote
@@ -206,14 +206,16 @@ def apply(
         What was done, a line for each host.
 
     Raises:
-        BuildError: a local address would be on two directors, and no host was changed; or a host failed: it was rolled
-            back, those before it are changed, those after it are not. Or it is another run's: then it is as it was.
+        BuildError: a local address would be on two directors, or two directors would be master: no host was changed. Or
+            a host failed: it was rolled back, those before it are changed, those after it are not. Or it is another
+            run's: then it is as it was.
     """
     if dry_run:
         return plan(cluster, names, connect)
     render = Renderer(cluster)
     lines = []
     hosts = sorted(cluster.chosen(tuple(names)), key=_order)
+    vrrp.refuse_two_masters(cluster, hosts, render, connect)
     hint = f"invoke apply --cluster {cluster.path} --take-over"
     for host in local_addresses.in_turn(cluster, hosts, connect, STATE):
         with (

@@ -11,10 +11,11 @@ import copy
 import io
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import yaml
@@ -22,9 +23,9 @@ import yaml
 from pipeline.errors import BuildError
 from pipeline.sandbox import Overlay, Sandbox
 from provision import apply as applying
+from provision import claim, render, rollout
 from provision import cluster as clusters
 from provision import operations as ops
-from provision import render, rollout
 from provision.host import File, Host
 from provision.model import Cluster
 from provision.remote import Answer, Remote, Shell, braced
@@ -41,6 +42,7 @@ FAKE = """#!/bin/sh
 name=${0##*/}
 case "$name $*" in
     "systemctl is-active --quiet lvs-rollback.timer") [ -e /var/lib/timer ]; exit ;;
+    "systemctl is-active --quiet lvs-rollback.service") exit 3 ;;
     "systemctl stop lvs-rollback.timer") [ -e /var/lib/timer ] || exit 5; rm /var/lib/timer; exit 0 ;;
     "systemctl reset-failed"*) exit 1 ;;
     systemd-run*) : >/var/lib/timer ;;
@@ -219,7 +221,7 @@ def test_a_new_host_then_nothing_to_do(lab: Lab, folder: Path) -> None:
         "systemctl restart ospfd",
         "systemctl restart ospf6d",
     ]
-    assert any(call.startswith("systemd-run --quiet --unit=lvs-rollback --on-active=660 ") for call in calls)
+    assert any(call.startswith("systemd-run --quiet --unit=lvs-rollback --on-active=960 ") for call in calls)
     assert not (lab.root("lvs-1") / "var/lib/timer").exists(), "the timer was stopped"
     assert applying.apply(cluster, ["lvs-1"], lab.connect, sick) == ["lvs-1: nothing to do"]
     assert lab.calls("lvs-1") == []
@@ -520,6 +522,16 @@ def test_settings_that_nobody_says_any_more_are_named(lab: Lab, folder: Path) ->
         assert applying.unsaid(applying.compare(remote, host, plan.files)) == []
 
 
+def test_a_host_that_went_back_meanwhile_is_no_success(lab: Lab, folder: Path) -> None:
+    """The checks pass, and the timer is not there any more."""
+    cluster = cluster_of(folder)
+    with pytest.raises(BuildError, match="lvs-1 has gone back to its old files by itself, as it does after 960 s"):
+        names = ["lvs-1", "lvs-2"]
+        applying.apply(cluster, names, lab.connect, lambda host, _: (lab.root(host.name) / "var/lib/timer").unlink())
+    assert "lvs-2" not in lab.roots
+    assert not (lab.root("lvs-1") / "var/lib/lvs/apply.claim").exists()
+
+
 def test_a_change_that_was_cut_off_is_undone_first(lab: Lab, folder: Path) -> None:
     """We were killed after the files were installed: the timer on the host still runs."""
     applying.apply(cluster_of(folder), ["lvs-1"], lab.connect, well)
@@ -535,9 +547,13 @@ def test_a_change_that_was_cut_off_is_undone_first(lab: Lab, folder: Path) -> No
         remote.run(applying._UNPACK)
         remote.run(applying._keep([c.path for c in plan.changes], plan.areas, [], 660))
         remote.run(applying._install([f.path for f in plan.files], [c.path for c in plan.changes if c.new is None]))
+        killed = claim.ourselves()
+        killed = replace(killed, process=f"{killed.process.rpartition('/')[0]}/1")
+        assert claim._take(remote, killed, 960) == {"timer": "yes", "back": "no", "now": ANY}
+        (lab.root("lvs-1") / "var/lib/lvs/apply.claim").write_text(killed.lines)
         assert lab.files("lvs-1") != before
-        applying.go_back_if_left(remote)
-    assert lab.files("lvs-1") == before
+        with claim.held(remote, 960, f"{applying.STATE}/rollback", take_over=False, hint="-"):
+            assert lab.files("lvs-1") == before
     assert applying.apply(cluster, ["lvs-1"], lab.connect, well) == ["lvs-1: 4 files changed, keepalived"]
     assert lab.files("lvs-1") == expected(cluster, "lvs-1")
 
@@ -559,6 +575,11 @@ def test_real_servers_come_first_and_the_master_last(lab: Lab, folder: Path) -> 
     lines = applying.apply(cluster, (), lab.connect, well)
     assert [line.split(":")[0] for line in lines] == ["rs-1", "lvs-2", "lvs-1"]
     assert "net.toa.trusted = 192.168.100.1," in lab.files("rs-1")["/etc/sysctl.d/70-host.conf"][0].decode()
+    before = lab.files("lvs-2")
+    other = {"instances": [{**VRRP["vrrp"]["instances"][0], "id": 77}, VRRP["vrrp"]["instances"][1]]}
+    with pytest.raises(BuildError, match="would both be master of VI_1"):
+        applying.apply(cluster_of(folder, VRRP, vrrp=other), (), lab.connect, well)
+    assert lab.files("lvs-2") == before
 
 
 def test_a_larger_share_is_taken_when_the_others_have_moved(lab: Lab, folder: Path) -> None:
