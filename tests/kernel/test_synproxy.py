@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import ipaddress
 from collections.abc import Callable
 
 import pytest
@@ -512,7 +514,10 @@ def test_a_vrf(site: Callable[..., Site], family: int) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_firewall_mark(site: Callable[..., Site], family: int) -> None:
-    """Set before connections are tracked, as SYNs are answered before that."""
+    """Set before connections are tracked, as SYNs are answered before that.
+
+    A rule brings what has the mark to this host. It is not for segments to real servers, nor for those to clients.
+    """
     net = site(servers=1)
     net.serve(size=300_000)
     six = ["-6"] if family == 6 else []
@@ -521,11 +526,25 @@ def test_a_firewall_mark(site: Callable[..., Site], family: int) -> None:
         table inet m {
         chain pre { type filter hook prerouting priority raw; tcp dport 80 meta mark set 9; }
         }""")
+    director.run("ip", *six, "rule", "add", "fwmark", "9", "lookup", "100")
+    director.run("ip", *six, "route", "add", "local", "default", "dev", "lo", "table", "100")
     director.ipvsadm("-A", "-f", "9", *six, "-s", "rr", "-j", "enable")
     director.ipvsadm("-P", "-f", "9", *six, "-z", net.local(family))
     director.ipvsadm("-a", "-f", "9", *six, "-r", net.server(family), "-b")
     assert len(net.clients[0].get(net.vip(family), "/bulk")[0]) == 300_000
     assert director.ext_stats()["synproxy_ok_ack"] == 1
+
+
+def test_nobody_speaks_for_a_network(wired: Wired) -> None:
+    """SYNs are answered before the stack has looked at where they come from: all hosts would get each answer."""
+    if wired.family == 6:
+        pytest.skip("IPv6 has no broadcast, and drops what comes from a group before anybody sees it")
+    ours = ipaddress.ip_network(f"{wired.client.address(4)}/24", strict=False)
+    for source in (str(ours.broadcast_address), "224.0.0.9"):
+        forged = dataclasses.replace(wired.ends(), source=source)
+        wired.client.send(packets.tcp(forged, "S", seq=1, option=FULL))
+    wired.answer(wired.ends())
+    assert wired.counted("synproxy_syn_cnt") == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.kernel import packets
-from tests.kernel.cookies import FULL, PAIRS, M, Wired, ack, opened
+from tests.kernel.cookies import FULL, PAIRS, M, Wired, ack, opened, protect
 from tests.kernel.packets import NOPS, Ends, Packet, mss, options, sack, wscale
 from tests.kernel.topology import FAMILIES, Site
 
@@ -219,6 +219,51 @@ def test_in_which_states_a_port_is_used_again(wired: Wired) -> None:
             wired.at_server("S")
             assert wired.counted(f"synproxy_conn_reused_{state.replace('_', '')}") == 1
     assert wired.counted("synproxy_conn_reused") == 3
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_server_that_has_lost_the_connection(wired: Wired, ended: bool) -> None:
+    """It accepts the client's next SYN, by numbers that nobody translates: the one after that begins anew."""
+    ends, synack, syn, _ = opened(wired, FULL, options(mss(1460)))
+    if ended:
+        close(wired, ends, synack, syn)
+        wired.client.send(packets.tcp(ends, "A", seq=synack.ack + 1, ack=synack.seq + 2))
+        wired.at_server("A")
+        wired.net.director.ip_vs_sysctl("synproxy_conn_reuse", 0)
+    before = wired.counted("synproxy_syn_cnt")
+    # What nobody has asked for ends nothing: a SYN-ACK to no SYN, one to another number, one of the first SYN.
+    foreign = packets.tcp(syn.ends.back, "SA", seq=123, ack=90_002, option=options(mss(1460)))
+    wired.server.send(foreign)
+    wired.client.send(packets.tcp(ends, "S", seq=90_000, option=FULL))
+    second = wired.at_server("S")
+    wired.server.send(packets.tcp(syn.ends.back, "SA", seq=123, ack=second.seq + 2, option=options(mss(1460))))
+    wired.server.send(packets.tcp(syn.ends.back, "SA", seq=123, ack=syn.seq + 1, option=options(mss(1460))))
+    wired.server.send(packets.tcp(syn.ends.back, "SA", seq=7000, ack=syn.seq + 1, option=options(mss(1460))))
+    wired.at_server("A")
+    assert len(wired.net.director.connections()) == 1
+    # Then what a server says that accepts it.
+    wired.server.send(packets.tcp(syn.ends.back, "SA", seq=123, ack=second.seq + 1, option=options(mss(1460))))
+    assert wired.at_server("R").seq == (second.seq + 1) % M
+    wired.net.director.wait_until(lambda: not wired.net.director.connections(), "the end of the entry")
+    assert wired.counted("synproxy_syn_cnt") == before
+    ack(wired, ends, wired.answer(ends, isn=90_000))
+    third = wired.at_server("S")
+    wired.server.send(packets.tcp(third.ends.back, "SA", seq=9000, ack=third.seq + 1, option=options(mss(1460))))
+    assert wired.at_server("A").ack == 9001
+
+
+def test_a_port_is_used_again_where_nothing_is_protected_any_more(wired: Wired) -> None:
+    """The old entry is in nobody's way: the server's own answer reaches the client."""
+    ends, synack, syn, _ = opened(wired, FULL, options(mss(1460)))
+    close(wired, ends, synack, syn)
+    wired.client.send(packets.tcp(ends, "A", seq=synack.ack + 1, ack=synack.seq + 2))
+    wired.at_server("A")
+    assert protect(wired.net, wired.family, on=False) == "ok"
+    wired.client.send(packets.tcp(ends, "S", seq=90_000, option=FULL))
+    second = wired.at_server("S")
+    wired.server.send(packets.tcp(second.ends.back, "SA", seq=500, ack=second.seq + 1, option=options(mss(1460))))
+    assert wired.at_client(ends, "SA").seq == 500
+    assert wired.counted("synproxy_conn_reused") == 0
 
 
 def test_a_syn_at_a_living_connection(wired: Wired) -> None:
