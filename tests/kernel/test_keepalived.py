@@ -21,6 +21,7 @@ from tests.kernel.topology import FAMILIES, HOST, Site, service
 
 pytestmark = [pytest.mark.build, pytest.mark.guest]
 UP = "/tmp/up"  # noqa: S108  the guest's; files that checks look for
+NOTE = "/tmp/quorum"  # noqa: S108  the guest's
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class Real:
         lines = [f"weight {self.weight}", *self.more]
         if self.check:
             path = f'"/usr/bin/test -e {UP}-{self.check}"'
-            lines += ["MISC_CHECK {", f"misc_path {path}", "delay_loop 1", "retry 1", "delay_before_retry 1", "}"]
+            # by default a check that takes a second has failed, and on a busy host one can
+            lines += ["MISC_CHECK {", f"misc_path {path}", "misc_timeout 20"]
+            lines += ["delay_loop 1", "retry 1", "delay_before_retry 1", "}"]
         return "\n".join([f"real_server {self.address} {self.port} {{", *lines, "}"])
 
 
@@ -137,6 +140,15 @@ class Balanced:
         rows = self.net.director.ipvsadm("-L", "-n", "--stats", "--exact").out.splitlines()
         (row,) = [row.split() for row in rows if row.split()[1:2] == [service(address, 80)]]
         return int(row[2])
+
+    def noting(self) -> tuple[str, str]:
+        """Scripts for changes of the quorum, whose runs `noted` tells."""
+        self.guest.run("rm", "-f", NOTE)
+        return f'quorum_up "echo up >>{NOTE}; true"', f'quorum_down "echo down >>{NOTE}; true"'
+
+    def noted(self) -> list[str]:
+        """What they were executed for until now."""
+        return self.guest.run("sh", "-c", f"cat {NOTE} 2>/dev/null || :").out.split()
 
 
 @pytest.fixture
@@ -291,13 +303,9 @@ def test_failed_and_replaced_real_servers(balanced: Callable[..., Balanced]) -> 
     net, keepalived = where.net, where.keepalived
     a, b, c, d = (Real(address, check=name) for address, name in zip(net.addresses(4), "abcd", strict=True))
     local = _addresses(net, 4, 1)
-    note = "/tmp/quorum"  # noqa: S108  the guest's
-    where.guest.run("rm", "-f", note)
-    scripts = (f'quorum_up "echo up >>{note}; true"', f'quorum_down "echo down >>{note}; true"')
-    web = Virtual("web", (where.vip(4), where.vip(4, 1)), (a, b), tuple(local), more=("inhibit_on_failure", *scripts))
-
-    def noted() -> list[str]:
-        return where.guest.run("sh", "-c", f"cat {note} 2>/dev/null || :").out.split()
+    more = ("inhibit_on_failure", *where.noting())
+    web = Virtual("web", (where.vip(4), where.vip(4, 1)), (a, b), tuple(local), more=more)
+    noted = where.noted
 
     for name in "abcd":
         where.up(name)
@@ -319,7 +327,7 @@ def test_failed_and_replaced_real_servers(balanced: Callable[..., Balanced]) -> 
     keepalived.must_program(now.lines(locals_=local))
     assert noted() == ["up"]
     # another script for a service that is up
-    more = (web.more[0], f'quorum_up "echo again >>{note}; true"', web.more[2])
+    more = (web.more[0], f'quorum_up "echo again >>{NOTE}; true"', web.more[2])
     where.configure(dataclasses.replace(now, more=more))
     keepalived.reload()
     keepalived.wait_until(lambda: noted() == ["up", "again"], lambda: str(noted()), 20)
@@ -334,6 +342,119 @@ def test_failed_and_replaced_real_servers(balanced: Callable[..., Balanced]) -> 
     where.configure(dataclasses.replace(now, method="NAT", more=more))
     keepalived.reload()
     assert keepalived.programmed() == sorted(natted.lines())
+    keepalived.stop()
+    assert keepalived.programmed() == []
+
+
+def _sorry(where: Balanced, web: Virtual, address: str) -> list[str]:
+    """What ipvsadm shows of the sorry server in place of the real servers, by the failed ones with weight 0."""
+    real = Real(address)
+    failed = web.reals if "inhibit_on_failure" in web.more else ()
+    shown = (real, *(dataclasses.replace(each, weight=0) for each in failed))
+    return dataclasses.replace(web, reals=shown).lines(locals_=_addresses(where.net, 4, 1))
+
+
+@pytest.mark.parametrize("inhibit", [(), ("inhibit_on_failure",)], ids=["removed", "inhibited"])
+def test_a_corrected_check_ends_the_sorry_server(balanced: Callable[..., Balanced], inhibit: tuple[str, ...]) -> None:
+    where = balanced(servers=3)
+    keepalived = where.keepalived
+    first, second, sorry = where.net.addresses(4)
+    local = _addresses(where.net, 4, 1)
+    more = (f"sorry_server {sorry} 80", *where.noting(), *inhibit)
+    reals = (Real(first, check="wrong"), Real(second, check="wrong"))
+    web = Virtual("web", (where.vip(4), where.vip(4, 1)), reals, tuple(local), more=more)
+    where.configure(web)
+    keepalived.start()
+    keepalived.must_program(_sorry(where, web, sorry), 30)
+    keepalived.wait_until(lambda: where.noted() == ["up", "down"], lambda: str(where.noted()), 20)
+    where.up("right")
+    now = dataclasses.replace(web, reals=tuple(dataclasses.replace(real, check="right") for real in reals))
+    where.configure(now)
+    said = keepalived.reload()
+    assert keepalived.programmed() == sorted(now.lines(locals_=local))
+    assert not [line for line in said if " error" in line], said
+    keepalived.wait_until(lambda: where.noted() == ["up", "down", "up"], lambda: str(where.noted()), 20)
+    # it knows how many real servers the services have: one is still taken away with its address
+    now = dataclasses.replace(now, vips=now.vips[1:])
+    where.configure(now)
+    keepalived.reload()
+    assert keepalived.programmed() == sorted(now.lines(locals_=local))
+    keepalived.stop()
+    assert keepalived.programmed() == []
+
+
+def test_a_reload_judges_the_quorum_by_all_real_servers(balanced: Callable[..., Balanced]) -> None:
+    """The check of the first one is changed, when the state of the others has yet to be taken over."""
+    where = balanced(servers=4)
+    keepalived = where.keepalived
+    first, second, third, sorry = where.net.addresses(4)
+    local = _addresses(where.net, 4, 1)
+    more = (f"sorry_server {sorry} 80", *where.noting())
+    reals = (Real(first, check="wrong"), Real(second, check="second"), Real(third, check="third"))
+    web = Virtual("web", (where.vip(4),), reals, tuple(local), more=("quorum 2", *more))
+
+    def corrected(check: str, quorum: int = 2) -> list[str]:
+        now = (dataclasses.replace(reals[0], check=check), *reals[1:])
+        where.configure(dataclasses.replace(web, reals=now, more=(f"quorum {quorum}", *more)))
+        return keepalived.reload()
+
+    for name in ("second", "third", "right", "again"):
+        where.up(name)
+    where.configure(web)
+    keepalived.start()
+    keepalived.must_program(web.lines(locals_=local, down=[first]), 30)
+    # two of three are up, and then three: nothing is lost in between
+    said = corrected("right")
+    assert keepalived.programmed() == sorted(web.lines(locals_=local))
+    assert not [line for line in said if re.search("quorum|sorry| error", line)], said
+    # one is up
+    where.up("second", on=False)
+    where.up("right", on=False)
+    keepalived.must_program(_sorry(where, web, sorry), 30)
+    keepalived.wait_until(lambda: where.noted() == ["up", "down"], lambda: str(where.noted()), 20)
+    # two are, but three are asked for: they do not get in beside the sorry server
+    corrected("again", quorum=3)
+    assert keepalived.programmed() == sorted(_sorry(where, web, sorry))
+    # and now they are enough, with the one that never failed
+    said = corrected("again")
+    assert keepalived.programmed() == sorted(web.lines(locals_=local, down=[second]))
+    assert not [line for line in said if " error" in line], said
+    keepalived.wait_until(lambda: where.noted() == ["up", "down", "up"], lambda: str(where.noted()), 20)
+    keepalived.stop()
+    assert keepalived.programmed() == []
+
+
+def test_an_address_and_a_real_server_go_together(balanced: Callable[..., Balanced]) -> None:
+    """The real server is not looked for in the service that is gone, but taken out of all others."""
+    where = balanced(servers=2)
+    keepalived = where.keepalived
+    reals = tuple(Real(address) for address in where.net.addresses(4))
+    local = _addresses(where.net, 4, 1)
+    web = Virtual("web", tuple(where.vip(4, number) for number in range(3)), reals, tuple(local))
+    udp = dataclasses.replace(web, protocol="UDP")
+
+    def less(virtual: Virtual) -> Virtual:
+        return dataclasses.replace(virtual, vips=virtual.vips[1:], reals=virtual.reals[:1])
+
+    def configure(*virtuals: Virtual) -> list[str]:
+        texts = [virtual.text() for virtual in virtuals]
+        # they share the group that the first one describes
+        keepalived.configure(texts[0] + "".join(text[text.index("virtual_server group") :] for text in texts[1:]))
+        return [line for virtual in virtuals for line in virtual.lines(locals_=local)]
+
+    def reloaded(*virtuals: Virtual) -> None:
+        wanted = configure(*virtuals)
+        said = keepalived.reload()
+        assert keepalived.programmed() == sorted(wanted)
+        assert not [line for line in said if " error" in line], said
+
+    wanted = configure(web, udp)
+    keepalived.start()
+    keepalived.must_program(wanted)
+    reloaded(less(web), less(udp))
+    reloaded(web, udp)
+    # and the other protocol leaves the group
+    reloaded(less(web))
     keepalived.stop()
     assert keepalived.programmed() == []
 
