@@ -448,6 +448,8 @@ def _emulated(
         f"console=ttyS0 panic=-1 root=/dev/root rootfstype=9p ro rootflags={_9P}",
         # Under emulation a page-table switch at every system call costs more than anything that is measured here.
         "mitigations=off nokaslr audit=0",
+        # A host that has other work at that moment makes the emulated timer look broken, and the kernel panics.
+        "no_timer_check",
         *_words(kernel),
         *hidden,
         f'init=/bin/sh -- -ec "{mounts}"',
