@@ -160,9 +160,10 @@ def test_a_run_that_was_cut_off_is_undone_where_that_is_known(change: dict[str, 
 
 def test_of_another_pid_namespace_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = claim.ourselves()
-    machine, boot, _, pid, _ = ours.process.split("/")
-    if not machine:
-        pytest.skip("this machine has no /etc/machine-id")
+    machine, boot, *rest = ours.process.split("/")
+    machine, pid = machine or "a machine", rest[1]
+    here = replace(ours, process="/".join((machine, boot, *rest)))
+    monkeypatch.setattr(claim, "ourselves", lambda: here)
     assert not claim.is_gone(ours.who, f"{machine}/{boot}/pid:[1]/{pid}/1")
     assert claim.is_gone(ours.who, f"{machine}/another/pid:[1]/{pid}/1"), "booted since then"
     assert not claim.is_gone(ours.who, f"another/another/pid:[1]/{pid}/1"), "of the same name"
@@ -320,6 +321,23 @@ def test_what_makes_two_masters_is_refused_and_the_way_that_is_said_works(
     pair.judge(new, "lvs-1")
     pair.have("lvs-1", new)
     pair.judge(new, "lvs-2")
+
+
+def test_the_family_of_the_first_vip_is_that_of_the_protocol(tmp_path: Path) -> None:
+    """One speaks VRRP over IPv6 then, the other over IPv4; a further VIP is no matter."""
+    pair = Pair(tmp_path, directors(tmp_path))
+
+    def put_first(vip: str) -> None:
+        for host in pair.hosts.values():
+            pair.have(host.name, pair.old)
+            for file in (host.place / "keepalived").iterdir():
+                file.write_text(file.read_text().replace("virtual_ipaddress {", f"virtual_ipaddress {{\n        {vip}"))
+
+    put_first("203.0.113.99/32 dev eth0")
+    pair.judge(pair.old)
+    put_first("2001:db8:ffff::99/128 dev eth0")
+    with pytest.raises(BuildError, match="both be master of VI_1: they would differ in virtual_ipaddress"):
+        pair.judge(pair.old)
 
 
 def test_other_changes_and_new_directors_are_not_refused(tmp_path: Path) -> None:
