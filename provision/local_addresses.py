@@ -12,7 +12,7 @@ from ipaddress import ip_address
 
 from pipeline import progress, run
 from pipeline.errors import BuildError
-from provision import ipvs
+from provision import claim, ipvs
 from provision.host import Host
 from provision.model import Cluster, Director
 from provision.remote import Opener, Remote
@@ -74,7 +74,7 @@ def _held(director: Director, connect: Opener, state: str) -> set[str] | None:
             answer = remote.run(
                 "cat /etc/lvs/host.conf 2>/dev/null || :\n"
                 f"echo {shlex.quote(state)}\n"
-                "if systemctl is-active --quiet lvs-rollback.timer; then\n"
+                f"if systemctl is-active --quiet {claim.UNIT}.timer; then\n"
                 f"    cat {state}/old/etc/lvs/host.conf 2>/dev/null || :\nfi",
                 what="asking for its local addresses",
             )
