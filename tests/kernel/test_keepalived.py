@@ -424,6 +424,88 @@ def test_a_reload_judges_the_quorum_by_all_real_servers(balanced: Callable[..., 
     assert keepalived.programmed() == []
 
 
+@pytest.mark.parametrize("inhibit", [(), ("inhibit_on_failure",)], ids=["removed", "inhibited"])
+@pytest.mark.parametrize("quorum", [1, 2])
+def test_real_servers_are_added_while_the_sorry_server_stands_in(
+    balanced: Callable[..., Balanced], quorum: int, inhibit: tuple[str, ...]
+) -> None:
+    """They take no traffic beside it: they replace it once they are enough."""
+    where = balanced(servers=4)
+    keepalived = where.keepalived
+    first, second, third, sorry = where.net.addresses(4)
+    local = _addresses(where.net, 4, 1)
+    more = (f"quorum {quorum}", f"sorry_server {sorry} 80", *where.noting(), *inhibit)
+    web = Virtual("web", (where.vip(4), where.vip(4, 1)), (Real(first, check="never"),), tuple(local), more=more)
+    where.configure(web)
+    keepalived.start()
+    keepalived.must_program(_sorry(where, web, sorry), 30)
+    keepalived.wait_until(lambda: "down" in where.noted(), lambda: str(where.noted()), 20)
+    failed = tuple(dataclasses.replace(real, weight=0) for real in web.reals) if inhibit else ()
+    for count in range(1, 3):
+        added = tuple(Real(address) for address in (second, third)[:count])
+        where.configure(dataclasses.replace(web, reals=web.reals + added))
+        said = keepalived.reload()
+        wanted = dataclasses.replace(web, reals=failed + added).lines(locals_=local)
+        assert keepalived.programmed() == sorted(wanted if count >= quorum else _sorry(where, web, sorry))
+        assert not [line for line in said if " error" in line], said
+    keepalived.wait_until(lambda: where.noted()[-1] == "up", lambda: str(where.noted()), 20)
+    keepalived.stop()
+    assert keepalived.programmed() == []
+
+
+@pytest.mark.parametrize("inhibit", [(), ("inhibit_on_failure",)], ids=["removed", "inhibited"])
+def test_another_sorry_server_takes_the_place_of_the_first(
+    balanced: Callable[..., Balanced], inhibit: tuple[str, ...]
+) -> None:
+    """One real server is up, which is not enough."""
+    where = balanced(servers=4)
+    keepalived = where.keepalived
+    first, second, sorry, another = where.net.addresses(4)
+    local = _addresses(where.net, 4, 1)
+    reals = (Real(first), Real(second, check="second"))
+    more = ("quorum 2", *where.noting(), *inhibit)
+    web = Virtual("web", (where.vip(4), where.vip(4, 1)), reals, tuple(local), more=(f"sorry_server {sorry} 80", *more))
+    now = dataclasses.replace(web, more=(f"sorry_server {another} 80", *more))
+    where.configure(web)
+    keepalived.start()
+    keepalived.must_program(_sorry(where, web, sorry), 30)
+    where.configure(now)
+    said = keepalived.reload()
+    assert keepalived.programmed() == sorted(_sorry(where, now, another))
+    assert not [line for line in said if " error" in line], said
+    where.up("second")
+    keepalived.must_program(now.lines(locals_=local), 30)
+    keepalived.stop()
+    assert keepalived.programmed() == []
+
+
+def test_a_mark_leaves_a_group_while_the_sorry_server_stands_in(balanced: Callable[..., Balanced]) -> None:
+    where = balanced(servers=2)
+    keepalived = where.keepalived
+    first, sorry = where.net.addresses(4)
+    (local,) = _addresses(where.net, 4, 1)
+    web = Virtual("web", (), (Real(first, check="never"),), (local,), more=(f"sorry_server {sorry} 80",))
+
+    def configured(*marks: int) -> list[str]:
+        group = "\n".join(f"fwmark {mark}" for mark in marks)
+        keepalived.configure(web.text().replace("virtual_server_group web {", f"virtual_server_group web {{\n{group}"))
+        return [
+            line
+            for mark in marks
+            for line in (f"-A -f {mark} -s rr", f"-P -f {mark} -z {local}", f"-a -f {mark} -r {sorry}:80 -b -w 1")
+        ]
+
+    wanted = configured(7, 8)
+    keepalived.start()
+    keepalived.must_program(wanted, 30)
+    wanted = configured(8)
+    said = keepalived.reload()
+    assert keepalived.programmed() == sorted(wanted)
+    assert not [line for line in said if " error" in line], said
+    keepalived.stop()
+    assert keepalived.programmed() == []
+
+
 def test_an_address_and_a_real_server_go_together(balanced: Callable[..., Balanced]) -> None:
     """The real server is not looked for in the service that is gone, but taken out of all others."""
     where = balanced(servers=2)
