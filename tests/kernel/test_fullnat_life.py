@@ -78,6 +78,21 @@ def test_the_resets_numbers_after_much_traffic(site: Callable[..., Site], family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_the_resets_numbers_when_the_server_had_lost_the_connection(site: Callable[..., Site], family: int) -> None:
+    """It accepts another one from the same port; the numbers of both directions are lower than those of the first."""
+    net = site(clients=0, servers=0)
+    client, server = Bare(net), Bare(net, back=True)
+    net.balance(family, "-b", locals_=1, options=("-V", "3"), servers=[server.address(family)])
+    talk = Conversation(client, server, family)
+    talk.open(isn=4_000_000, server_isn=6_000_000)
+    talk.open(isn=3_000_000, server_isn=5_000_000)
+    to_client = talk.client.wire.expect(lambda p: "R" in p.flags, "the client's reset", 10)
+    to_server = talk.server.wire.expect(lambda p: "R" in p.flags, "the server's reset", 10)
+    assert (to_client.ends, to_client.seq) == (talk.outside.back, talk.here.ack)
+    assert (to_server.ends, to_server.seq) == (talk.inside, talk.there.ack % (1 << 32))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_no_reset_if_so_told(site: Callable[..., Site], family: int) -> None:
     net = site(servers=1)
     net.balance(family, "-b", locals_=1, options=("-V", "1"))
