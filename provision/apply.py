@@ -103,7 +103,7 @@ class Plan:
 
 
 def plan(cluster: Cluster, names: Sequence[str], connect: Opener) -> list[str]:
-    """Say per host what `apply` would change.
+    """Say per host, in the order of the cluster file, what differs on it.
 
     Returns:
         The lines to show.
@@ -111,10 +111,13 @@ def plan(cluster: Cluster, names: Sequence[str], connect: Opener) -> list[str]:
     Raises:
         BuildError: a host cannot be asked, after all others were; their lines are shown before.
     """
-    render = Renderer(cluster)
+    return _differing(cluster.chosen(tuple(names)), Renderer(cluster), connect)
+
+
+def _differing(hosts: Sequence[Host], render: Renderer, connect: Opener) -> list[str]:
     failures = []
     lines = []
-    for host in cluster.chosen(tuple(names)):
+    for host in hosts:
         try:
             with connect(host) as remote:
                 found = compare(remote, host, render.root_files(host))
@@ -199,25 +202,26 @@ def apply(
         connect: opens connections.
         gate: the checks that a changed host must pass.
         drain: seconds that connections of a local address that goes may take to end.
-        dry_run: only say what differs.
+        dry_run: only ask: what a run refuses at first is refused, else what differs on each host comes in its order.
         take_over: go back now from what another run is changing.
 
     Returns:
-        What was done, a line for each host.
+        What was done, a line for each host; in a dry run, what differs.
 
     Raises:
         BuildError: a local address would be on two directors, or two directors would be master: no host was changed. Or
             a host failed: it was rolled back, those before it are changed, those after it are not. Or it is another
-            run's: then it is as it was.
+            run's: then it is as it was. Or, in a dry run, a host cannot be asked.
     """
-    if dry_run:
-        return plan(cluster, names, connect)
     render = Renderer(cluster)
-    lines = []
     hosts = sorted(cluster.chosen(tuple(names)), key=_order)
     vrrp.refuse_two_masters(cluster, hosts, render, connect)
+    hosts = local_addresses.in_turn(cluster, hosts, connect, STATE)
+    if dry_run:
+        return _differing(hosts, render, connect)
     hint = f"invoke apply --cluster {cluster.path} --take-over"
-    for host in local_addresses.in_turn(cluster, hosts, connect, STATE):
+    lines = []
+    for host in hosts:
         with (
             progress.step(f"applying to {host.name}"),
             connect(host) as free,

@@ -16,6 +16,7 @@ from unittest.mock import ANY
 import pytest
 import yaml
 
+from pipeline import settings
 from pipeline.errors import BuildError
 from provision import apply as applying
 from provision import claim, render, rollout
@@ -452,13 +453,16 @@ def test_another_host_that_answers_is_not_touched(lab: Lab, folder: Path) -> Non
 
 def test_real_servers_come_first_and_the_master_last(lab: Lab, folder: Path) -> None:
     cluster = cluster_of(folder, VRRP)
+    lines = applying.apply(cluster, (), lab.connect, sick, dry_run=True)
+    assert [line.split(":")[0] for line in lines if line[0] == "="] == ["== rs-1", "== lvs-2", "== lvs-1"]
     lines = applying.apply(cluster, (), lab.connect, well)
     assert [line.split(":")[0] for line in lines] == ["rs-1", "lvs-2", "lvs-1"]
     assert "net.toa.trusted = 192.168.100.1," in lab.files("rs-1")["/etc/sysctl.d/70-host.conf"][0].decode()
     before = lab.files("lvs-2")
     other = {"instances": [{**VRRP["vrrp"]["instances"][0], "id": 77}, VRRP["vrrp"]["instances"][1]]}
-    with pytest.raises(BuildError, match="would both be master of VI_1"):
-        applying.apply(cluster_of(folder, VRRP, vrrp=other), (), lab.connect, well)
+    for dry_run in (True, False):
+        with pytest.raises(BuildError, match="would both be master of VI_1"):
+            applying.apply(cluster_of(folder, VRRP, vrrp=other), (), lab.connect, well, dry_run=dry_run)
     assert lab.files("lvs-2") == before
 
 
@@ -471,6 +475,32 @@ def test_a_larger_share_is_taken_when_the_others_have_moved(lab: Lab, folder: Pa
         applying.apply(cluster_of(folder), names[:1], lab.connect, well)
     lines = applying.apply(cluster_of(folder), names, lab.connect, well)
     assert [line.split(":")[0] for line in lines] == ["lvs-2", "lvs-1"]
+
+
+def test_a_dry_run_has_the_order_and_the_refusals_of_apply(
+    lab: Lab, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks what a run asks before it touches a host, and leaves nothing there: no claim, no timer, no lock."""
+
+    def left() -> dict[Path, int]:
+        found = [p for root in lab.roots.values() for top in ("etc", "var") for p in (root / top).rglob("*")]
+        return {p: p.stat().st_mtime_ns for p in found if p.is_file() and p.name != "calls"}
+
+    pools = copy.deepcopy(OSPF["local_addresses"])
+    pools["laddr_g1"]["per_director"] = 2
+    options = rollout.Options(apply=True, connect=lab.connect, gate=lambda cluster: well)
+    rollout.apply(cluster_of(folder, local_addresses=pools).path, ("lvs-1", "lvs-2"), options)
+    lab.root("rs-1")
+    path, before = cluster_of(folder).path, left()
+    with pytest.raises(BuildError, match=r"lvs-1 is to have .*, which is on lvs-2 now") as refused:
+        rollout.apply(path, ("lvs-1",), options)
+    monkeypatch.setattr(settings.current, "dry_run", True)
+    with pytest.raises(BuildError) as caught:
+        rollout.apply(path, ("lvs-1",), options)
+    assert str(caught.value) == str(refused.value)
+    lines = rollout.apply(path, (), options)
+    assert [line.split(":")[0] for line in lines if line.startswith("==")] == ["== rs-1", "== lvs-2", "== lvs-1"]
+    assert "  +    192.168.100.3" in lines and left() == before
 
 
 def test_an_operation_rolled_out_and_one_that_fails(lab: Lab, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
