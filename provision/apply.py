@@ -15,13 +15,14 @@ import shlex
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline import progress, run
 from pipeline.errors import BuildError
 from provision import claim, ipvs, local_addresses, secret, vrrp
 from provision.host import File, Host
 from provision.model import Cluster, Director
-from provision.remote import SCRIPT_SECONDS, Opener, Remote
+from provision.remote import SCRIPT_SECONDS, Opener, Remote, command
 from provision.render import NETWORK, Renderer
 
 STATE = "/var/lib/lvs/apply"  # on the host: the new files, the old ones, and how to go back
@@ -191,6 +192,7 @@ def apply(
     drain: float = 60,
     dry_run: bool = False,
     take_over: bool = False,
+    ssh_config: Path | None = None,
 ) -> list[str]:
     """Bring hosts to what the cluster file says: real servers first, then directors, a master last.
 
@@ -204,6 +206,7 @@ def apply(
         drain: seconds that connections of a local address that goes may take to end.
         dry_run: only ask: what a run refuses at first is refused, else what differs on each host comes in its order.
         take_over: go back now from what another run is changing.
+        ssh_config: what `connect` reads, for the commands to type next.
 
     Returns:
         What was done, a line for each host; in a dry run, what differs.
@@ -215,11 +218,12 @@ def apply(
     """
     render = Renderer(cluster)
     hosts = sorted(cluster.chosen(tuple(names)), key=_order)
-    vrrp.refuse_two_masters(cluster, hosts, render, connect)
-    hosts = local_addresses.in_turn(cluster, hosts, connect, STATE)
+    vrrp.refuse_two_masters(cluster, hosts, render, connect, ssh_config)
+    hosts = local_addresses.in_turn(cluster, hosts, connect, STATE, ssh_config)
     if dry_run:
         return _differing(hosts, render, connect)
-    hint = f"invoke apply --cluster {cluster.path} --take-over"
+    hint = f"{command('apply', cluster.path, ssh_config)} --take-over"
+    shows = command("plan", cluster.path, ssh_config)
     lines = []
     for host in hosts:
         with (
@@ -231,7 +235,7 @@ def apply(
             if not found.changes:
                 lines.append(f"{host.name}: nothing to do")
                 continue
-            change(remote, found, gate, drain)
+            change(remote, found, gate, drain, f"{shows} --host {host.name}")
             lines.append(f"{host.name}: {len(found.changes)} files changed, {' '.join(found.areas) or 'no service'}")
     return lines
 
@@ -241,8 +245,15 @@ def _order(host: Host) -> tuple[bool, int]:
     return isinstance(host, Director), host.priority if isinstance(host, Director) else 0
 
 
-def change(remote: Remote, plan: Plan, gate: Gate, drain: float) -> None:
+def change(remote: Remote, plan: Plan, gate: Gate, drain: float, shows: str) -> None:
     """Change a host, or leave it as it was.
+
+    Args:
+        remote: the host.
+        plan: what differs on it.
+        gate: the checks that it must pass then.
+        drain: seconds that connections of a local address that goes may take to end.
+        shows: the command that shows what differs, for errors.
 
     Raises:
         BuildError: what failed; the host has its old files again and was told so.
@@ -280,7 +291,7 @@ def change(remote: Remote, plan: Plan, gate: Gate, drain: float) -> None:
     except BaseException:
         _back(remote)
         raise
-    _end(remote, seconds)
+    _end(remote, seconds, shows)
     if left := unsaid(plan):
         progress.note(f"{remote.name}: no file says {', '.join(left)} any more: as they are until it boots again")
 
@@ -327,7 +338,7 @@ def unsaid(plan: Plan) -> list[str]:
     return sorted(before - after)
 
 
-def _end(remote: Remote, seconds: int) -> None:
+def _end(remote: Remote, seconds: int, shows: str) -> None:
     """Stop the timer, while it still runs.
 
     Raises:
@@ -336,13 +347,13 @@ def _end(remote: Remote, seconds: int) -> None:
     try:
         answer = remote.run(_ENDING, what="ending the change")
     except BuildError as error:
-        unknown = f"{remote.name} goes back by itself, unless this was its last step: invoke plan shows it"
+        unknown = f"{remote.name} goes back by itself, unless this was its last step: {shows} shows it"
         raise BuildError(error.message, error.hint, [*error.details, unknown]) from error
     if "back" in answer.stdout.split():
         raise BuildError(
             f"{remote.name} has gone back to its old files by itself, as it does after {seconds} s",
             f"ssh root@{remote.name} journalctl -u {_UNIT}   (then the same command again)",
-            ["or it has booted meanwhile: invoke plan shows which files it has; the hosts after it were not touched"],
+            [f"or it has booted meanwhile: {shows} shows which files it has; the hosts after it were not touched"],
         )
 
 

@@ -17,6 +17,7 @@ from pipeline.errors import BuildError
 from provision.apply import GATE_MOST, Gate
 from provision.host import Host
 from provision.model import Cluster
+from provision.remote import command
 
 CHECKS = Path(__file__).with_name("checks")
 _SECONDS = 900  # for all checks of all hosts, unless they are very many
@@ -118,7 +119,7 @@ def gate(cluster: Cluster, where: Where, seconds: float) -> Gate:
                 well,
                 deadline=seconds,
                 what=f"the checks of {host.name} pass",
-                hint=f"invoke check --cluster {cluster.path} --host {host.name}",
+                hint=f"{command('check', cluster.path, where.ssh_config)} --host {host.name}",
             )
         except BuildError as error:
             raise BuildError(
@@ -178,7 +179,7 @@ def examine(
                 what="checking hosts",
             )
         if k and result.returncode == 5:
-            raise BuildError(f"no check matches: -k {k!r}", "invoke check without -k shows their names")
+            raise BuildError(f"no check matches: -k {k!r}", "the same command without -k shows their names")
         if not report.exists() or result.returncode not in (0, 1):
             raise BuildError(
                 f"the checks did not run (pytest ended with {result.returncode})",

@@ -9,13 +9,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import ip_address
+from pathlib import Path
 
 from pipeline import progress, run
 from pipeline.errors import BuildError
 from provision import claim, ipvs
 from provision.host import Host
 from provision.model import Cluster, Director
-from provision.remote import Opener, Remote
+from provision.remote import Opener, Remote, command
 
 CONNECTIONS = "/proc/net/ip_vs_conn"
 _RELOAD_SECONDS = 120.0  # keepalived judges its files in a process of its own before it takes them
@@ -31,7 +32,9 @@ def listed(text: str) -> dict[str, str]:
 # --- who has which
 
 
-def in_turn(cluster: Cluster, hosts: Sequence[Host], connect: Opener, state: str) -> list[Host]:
+def in_turn(
+    cluster: Cluster, hosts: Sequence[Host], connect: Opener, state: str, ssh_config: Path | None
+) -> list[Host]:
     """The order in which hosts can be changed so that no local address is on two directors at any time.
 
     What the directors hold is asked of themselves, of those beside `hosts` only where one of `hosts` is to have an
@@ -43,6 +46,7 @@ def in_turn(cluster: Cluster, hosts: Sequence[Host], connect: Opener, state: str
         hosts: the hosts to change, in the order that is wanted otherwise; it is kept as far as possible.
         connect: opens connections.
         state: the folder on a director where a change that was cut off keeps the old files.
+        ssh_config: what `connect` reads, for the command to type next.
 
     Raises:
         BuildError: there is no such order; no host was changed.
@@ -59,7 +63,7 @@ def in_turn(cluster: Cluster, hosts: Sequence[Host], connect: Opener, state: str
     while left:
         free = next((host for host in left if not _taken(host.name, wanted, now)), None)
         if free is None:
-            raise _refused(cluster, left[0].name, wanted, now)
+            raise _refused(cluster, left[0].name, wanted, now, command("apply", cluster.path, ssh_config))
         left.remove(free)
         order.append(free)
         if free.name in wanted:
@@ -91,7 +95,9 @@ def _taken(name: str, wanted: Mapping[str, set[str]], held: Mapping[str, set[str
     return sorted(found, key=lambda each: (ip_address(each[0]).version, ip_address(each[0]).packed))
 
 
-def _refused(cluster: Cluster, name: str, wanted: Mapping[str, set[str]], held: Mapping[str, set[str]]) -> BuildError:
+def _refused(
+    cluster: Cluster, name: str, wanted: Mapping[str, set[str]], held: Mapping[str, set[str]], again: str
+) -> BuildError:
     # From one that waits to the one that it waits for, until that is none of ours, or was met before.
     seen: list[str] = []
     while name in wanted and name not in seen:
@@ -102,7 +108,6 @@ def _refused(cluster: Cluster, name: str, wanted: Mapping[str, set[str]], held: 
     address, other = taken[0]
     director = next(each for each in cluster.directors if each.name == last)
     pool = next(pool for pool, share in director.local_addresses.items() if address in map(str, share))
-    again = f"invoke apply --cluster {cluster.path}"
     if other not in wanted:
         # The one that gives an address up comes before the one that gets it.
         hint = again + "".join(f" --host {each}" for each in (other, *wanted))

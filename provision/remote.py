@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shlex
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -136,6 +137,18 @@ def judged(name: str, answer: Answer, what: str) -> Answer:
 def braced(script: str) -> str:
     """A script for the shell's standard input: read whole before any of its commands can read from there."""
     return f"{{ :\n{script}\n}} </dev/null\n"
+
+
+def command(task: str, cluster: Path, ssh_config: Path | None) -> str:
+    """The line that runs a task on the same hosts, for people to type next.
+
+    Args:
+        task: its name.
+        cluster: the cluster file.
+        ssh_config: as for `opener`.
+    """
+    reach = ["--ssh-config", str(ssh_config)] if ssh_config else []
+    return shlex.join(["invoke", task, "--cluster", str(cluster), *reach])
 
 
 def opener(ssh_config: Path | None) -> Opener:

@@ -14,7 +14,7 @@ from provision import cluster as clusters
 from provision import operations as ops
 from provision.checking import Where
 from provision.model import Cluster
-from provision.remote import Opener, opener
+from provision.remote import Opener, command, opener
 from provision.render import Renderer
 
 GATE_SECONDS = 300.0  # a health check's round, OSPF's dead interval and a slow host, several times over
@@ -60,7 +60,14 @@ def _apply(cluster: Cluster, names: Sequence[str], options: Options) -> list[str
     gate = options.gate(cluster) if options.gate else checking.gate(cluster, options.where, GATE_SECONDS)
     dry = settings.current.dry_run
     return applying.apply(
-        cluster, names, options.open, gate, drain=options.drain, dry_run=dry, take_over=options.take_over
+        cluster,
+        names,
+        options.open,
+        gate,
+        drain=options.drain,
+        dry_run=dry,
+        take_over=options.take_over,
+        ssh_config=options.where.ssh_config,
     )
 
 
@@ -111,16 +118,16 @@ def _perform(
                 before(edit)
     if edit.after != edit.before:
         edit.write()
+    again = command("apply", path, options.where.ssh_config)
     if not options.apply:
-        progress.note(
-            f"{path} is changed, no host is: invoke plan --cluster {path}, then invoke apply --cluster {path}"
-        )
+        shows = command("plan", path, options.where.ssh_config)
+        progress.note(f"{path} is changed, no host is: {shows}, then {again}")
         return
     try:
         lines = _apply(clusters.load(path), names or (), options)
     except BuildError as error:
         hosts = "".join(f" --host {name}" for name in names or ())
-        details = [*error.details, f"{path} keeps the change; invoke apply --cluster {path}{hosts} goes on"]
+        details = [*error.details, f"{path} keeps the change; {again}{hosts} goes on"]
         raise BuildError(error.message, error.hint, details) from error
     print("\n".join(lines))
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+import shlex
 from collections.abc import Sequence
 from ipaddress import ip_interface
+from pathlib import Path
 
 from pipeline.errors import BuildError
 from provision.host import Host
 from provision.model import Cluster, Director
-from provision.remote import Opener
+from provision.remote import Opener, command
 from provision.render import Renderer
 
 # A backup passes over advertisements with another of these: it waits in vain, and takes the VIPs. The family of the
@@ -39,7 +41,9 @@ def spoken(text: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def refuse_two_masters(cluster: Cluster, hosts: Sequence[Host], render: Renderer, connect: Opener) -> None:
+def refuse_two_masters(
+    cluster: Cluster, hosts: Sequence[Host], render: Renderer, connect: Opener, ssh_config: Path | None
+) -> None:
     """Look whether changing directors one after another leaves two that do not hear each other.
 
     Args:
@@ -47,6 +51,7 @@ def refuse_two_masters(cluster: Cluster, hosts: Sequence[Host], render: Renderer
         hosts: those to be changed, in this order.
         render: renders their new files.
         connect: opens connections; directors are asked for their present files.
+        ssh_config: what `connect` reads, for the commands to type next.
 
     Raises:
         BuildError: a director would run with another value than one that runs now; or one cannot be asked.
@@ -76,15 +81,18 @@ def refuse_two_masters(cluster: Cluster, hosts: Sequence[Host], render: Renderer
             # Interfaces have names of their own on each director: only a move says something.
             keys += ["interface"] * (theirs.get("interface") != wanted[peer.name][name].get("interface"))
             if keys:
-                raise _refused(cluster, director, peer, name, keys)
+                raise _refused(director, peer, name, keys, command("apply", cluster.path, ssh_config), ssh_config)
 
 
-def _refused(cluster: Cluster, director: Director, peer: Director, name: str, keys: Sequence[str]) -> BuildError:
+def _refused(
+    director: Director, peer: Director, name: str, keys: Sequence[str], again: str, ssh_config: Path | None
+) -> BuildError:
     backup, master = sorted((director, peer), key=lambda each: each.priority)
+    ssh = shlex.join(["ssh", "-F", str(ssh_config)]) if ssh_config else "ssh"
     return BuildError(
         f"{director.name} and {peer.name} would both be master of {name}: they would differ in {', '.join(keys)}",
-        f"ssh root@{backup.name} systemctl stop keepalived && invoke apply --cluster {cluster.path} --host"
-        f" {master.name} && invoke apply --cluster {cluster.path} --host {backup.name}",
+        f"{ssh} root@{backup.name} systemctl stop keepalived && {again} --host {master.name}"
+        f" && {again} --host {backup.name}",
         [
             "nothing was changed; it can be while only one of them runs: the line below leaves the VIPs without a"
             f" backup until its end, and {master.name} may be without them for some seconds while it reads the change"

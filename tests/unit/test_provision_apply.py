@@ -19,7 +19,7 @@ import yaml
 from pipeline import settings
 from pipeline.errors import BuildError
 from provision import apply as applying
-from provision import claim, render, rollout
+from provision import checking, claim, render, rollout
 from provision import cluster as clusters
 from provision import operations as ops
 from provision.host import File, Host
@@ -406,9 +406,17 @@ def test_settings_that_nobody_says_any_more_are_named(lab: Lab, folder: Path) ->
 def test_a_host_that_went_back_meanwhile_is_no_success(lab: Lab, folder: Path) -> None:
     """The checks pass, and the timer is not there any more."""
     cluster = cluster_of(folder)
-    with pytest.raises(BuildError, match="lvs-1 has gone back to its old files by itself, as it does after 960 s"):
-        names = ["lvs-1", "lvs-2"]
-        applying.apply(cluster, names, lab.connect, lambda host, _: (lab.root(host.name) / "var/lib/timer").unlink())
+
+    def late(host: Host, _down: frozenset[str]) -> None:
+        (lab.root(host.name) / "var/lib/timer").unlink()
+
+    where = checking.Where(Path("lab/ssh_config"))
+    options = rollout.Options(True, where, 60, connect=lab.connect, gate=lambda cluster: late)
+    gone = "lvs-1 has gone back to its old files by itself, as it does after 960 s"
+    with pytest.raises(BuildError, match=gone) as caught:
+        rollout.apply(cluster.path, ("lvs-1", "lvs-2"), options)
+    shows = f"invoke plan --cluster {cluster.path} --ssh-config lab/ssh_config --host lvs-1 shows"
+    assert shows in caught.value.details[0]
     assert lab.files("lvs-2") == {}
     assert not (lab.root("lvs-1") / "var/lib/lvs/apply.claim").exists()
 
@@ -439,6 +447,19 @@ def test_a_change_that_was_cut_off_is_undone_first(lab: Lab, folder: Path) -> No
     assert lab.files("lvs-1") == expected(cluster, "lvs-1")
 
 
+def test_the_way_to_take_over_reaches_the_same_hosts(lab: Lab, folder: Path) -> None:
+    path = cluster_of(folder).path
+    place = lab.root("lvs-1") / "var/lib/lvs"
+    place.mkdir()
+    (place / "apply.claim").write_text(claim.Owner("1", "someone@elsewhere", "", "then").lines)
+    os.utime(place / "apply.claim", (2**32, 2**32))
+    where = checking.Where(Path("lab/ssh_config"))
+    options = rollout.Options(True, where, connect=lab.connect, gate=lambda cluster: well)
+    with pytest.raises(BuildError, match="is being changed by someone@elsewhere") as caught:
+        rollout.apply(path, ("lvs-1",), options)
+    assert caught.value.hint.endswith(f": invoke apply --cluster {path} --ssh-config lab/ssh_config --take-over")
+
+
 def test_another_host_that_answers_is_not_touched(lab: Lab, folder: Path) -> None:
     cluster = cluster_of(folder)
 
@@ -461,8 +482,10 @@ def test_real_servers_come_first_and_the_master_last(lab: Lab, folder: Path) -> 
     before = lab.files("lvs-2")
     other = {"instances": [{**VRRP["vrrp"]["instances"][0], "id": 77}, VRRP["vrrp"]["instances"][1]]}
     for dry_run in (True, False):
-        with pytest.raises(BuildError, match="would both be master of VI_1"):
-            applying.apply(cluster_of(folder, VRRP, vrrp=other), (), lab.connect, well, dry_run=dry_run)
+        with pytest.raises(BuildError, match=r"both be master of VI_1(.|\n)* -F c root@"):
+            applying.apply(
+                cluster_of(folder, VRRP, vrrp=other), (), lab.connect, well, dry_run=dry_run, ssh_config=Path("c")
+            )
     assert lab.files("lvs-2") == before
 
 
@@ -488,7 +511,8 @@ def test_a_dry_run_has_the_order_and_the_refusals_of_apply(
 
     pools = copy.deepcopy(OSPF["local_addresses"])
     pools["laddr_g1"]["per_director"] = 2
-    options = rollout.Options(apply=True, connect=lab.connect, gate=lambda cluster: well)
+    where = checking.Where(Path("lab/ssh_config"))
+    options = rollout.Options(apply=True, where=where, connect=lab.connect, gate=lambda cluster: well)
     rollout.apply(cluster_of(folder, local_addresses=pools).path, ("lvs-1", "lvs-2"), options)
     lab.root("rs-1")
     path, before = cluster_of(folder).path, left()
@@ -497,7 +521,7 @@ def test_a_dry_run_has_the_order_and_the_refusals_of_apply(
     monkeypatch.setattr(settings.current, "dry_run", True)
     with pytest.raises(BuildError) as caught:
         rollout.apply(path, ("lvs-1",), options)
-    assert str(caught.value) == str(refused.value)
+    assert str(caught.value) == str(refused.value) and " --ssh-config lab/ssh_config " in caught.value.hint
     lines = rollout.apply(path, (), options)
     assert [line.split(":")[0] for line in lines if line.startswith("==")] == ["== rs-1", "== lvs-2", "== lvs-1"]
     assert "  +    192.168.100.3" in lines and left() == before
@@ -510,12 +534,13 @@ def test_an_operation_rolled_out_and_one_that_fails(lab: Lab, folder: Path, caps
     rollout.perform(path, ops.add_vip("web", "203.0.113.9"), options)
     assert "- 203.0.113.9" in capsys.readouterr().out
     assert b"203.0.113.9 80" in lab.files("lvs-2")["/etc/keepalived/web.conf"][0]
-    failing = rollout.Options(apply=True, connect=lab.connect, gate=lambda cluster: sick)
+    where = checking.Where(Path("lab/ssh_config"))
+    failing = rollout.Options(apply=True, where=where, connect=lab.connect, gate=lambda cluster: sick)
     with pytest.raises(BuildError, match="lvs-1 is not well") as caught:
         rollout.perform(path, ops.add_vip("web", "203.0.113.10"), failing)
-    assert (
-        caught.value.details[-1]
-        == f"{path} keeps the change; invoke apply --cluster {path} --host lvs-1 --host lvs-2 goes on"
+    assert caught.value.details[-1] == (
+        f"{path} keeps the change; invoke apply --cluster {path} --ssh-config lab/ssh_config --host lvs-1 --host lvs-2"
+        " goes on"
     )
     assert b"203.0.113.10" not in lab.files("lvs-1")["/etc/keepalived/web.conf"][0]
     rollout.apply(path, (), options)

@@ -687,10 +687,11 @@ def test_the_gate_says_what_was_down_before(
         return SimpleNamespace(returncode=1)
 
     monkeypatch.setattr(run, "run", checks)
-    gate = checking.gate(cluster, checking.Where(), 0.1)
+    gate = checking.gate(cluster, checking.Where(Path("lab/ssh_config")), 0.1)
     with pytest.raises(BuildError, match="the checks of lvs-1 pass: not within") as caught:
         gate(director, frozenset({"198.51.100.2:80", "[2001:db8:5::1]:443"}))
     assert "✗ vips are on lo: not on lo: 203.0.113.1/32" in caught.value.details
+    assert caught.value.hint == f"invoke check --cluster {cluster.path} --ssh-config lab/ssh_config --host lvs-1"
     monkeypatch.setenv("LVSFORGE_CHANGING", told[-1]["LVSFORGE_CHANGING"])
     assert request.getfixturevalue("changing") is True
     monkeypatch.setenv("LVSFORGE_DOWN", told[-1]["LVSFORGE_DOWN"])

@@ -247,6 +247,12 @@ def test_a_gate_ends_before_the_host_goes_back(tmp_path: Path, monkeypatch: pyte
     assert given == [GATE_MOST, GATE_MOST - 250]
 
 
+def test_a_command_to_type_next_reaches_the_same_hosts() -> None:
+    file = Path("a b.yaml")
+    assert remote.command("plan", file, None) == "invoke plan --cluster 'a b.yaml'"
+    assert remote.command("plan", file, Path("c d")) == "invoke plan --cluster 'a b.yaml' --ssh-config 'c d'"
+
+
 # --- two masters
 
 
@@ -287,7 +293,7 @@ class Pair:
 
     def judge(self, cluster: Cluster, *names: str) -> None:
         hosts = sorted(cluster.chosen(names), key=lambda host: getattr(host, "priority", 0))
-        vrrp.refuse_two_masters(cluster, hosts, render.Renderer(cluster), self.connect)
+        vrrp.refuse_two_masters(cluster, hosts, render.Renderer(cluster), self.connect, Path("lab/ssh_config"))
 
 
 @pytest.mark.parametrize(
@@ -312,8 +318,9 @@ def test_what_makes_two_masters_is_refused_and_the_way_that_is_said_works(
         pair.judge(new)
     assert "s3cret" not in str(caught.value) and "0ther" not in str(caught.value)
     assert caught.value.hint == (
-        f"ssh root@lvs-2 systemctl stop keepalived && invoke apply --cluster {new.path} --host lvs-1"
-        f" && invoke apply --cluster {new.path} --host lvs-2"
+        "ssh -F lab/ssh_config root@lvs-2 systemctl stop keepalived"
+        f" && invoke apply --cluster {new.path} --ssh-config lab/ssh_config --host lvs-1"
+        f" && invoke apply --cluster {new.path} --ssh-config lab/ssh_config --host lvs-2"
     )
     pair.hosts["lvs-2"].unit("keepalived").unlink()
     with pytest.raises(BuildError, match="both be master"):

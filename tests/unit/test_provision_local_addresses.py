@@ -159,8 +159,12 @@ def cluster_of(tmp_path: Path, share: int, **changes: Any) -> Cluster:
 
 
 def turns(cluster: Cluster, hosts: Hosts, *names: str) -> list[str]:
-    chosen = cluster.chosen(names)
-    return [host.name for host in local_addresses.in_turn(cluster, chosen, hosts.connect, "/state")]
+    found = local_addresses.in_turn(cluster, cluster.chosen(names), hosts.connect, "/state", Path("lab/ssh_config"))
+    return [host.name for host in found]
+
+
+def again(cluster: Cluster) -> str:
+    return f"invoke apply --cluster {cluster.path} --ssh-config lab/ssh_config"
 
 
 def test_who_gives_an_address_up_comes_before_who_gets_it(tmp_path: Path) -> None:
@@ -194,7 +198,7 @@ def test_an_address_of_a_director_beside_the_operation(tmp_path: Path) -> None:
     assert caught.value.message == (
         "lvs-1 is to have 192.168.100.5 of pool laddr_g1, which is on lvs-2 now, and 3 more; no host was changed"
     )
-    assert caught.value.hint == f"invoke apply --cluster {cluster.path} --host lvs-2 --host lvs-1"
+    assert caught.value.hint == f"{again(cluster)} --host lvs-2 --host lvs-1"
     assert turns(cluster, hosts, "lvs-2", "lvs-1") == ["lvs-2", "lvs-1"]
 
 
@@ -203,7 +207,8 @@ def test_directors_that_change_places(tmp_path: Path) -> None:
     hosts = Hosts({"lvs-1": (1, 4), "lvs-2": (5, 8)})
     with pytest.raises(BuildError, match=r"lvs-1 is to have 192\.168\.100\.5 of pool laddr_g1") as caught:
         turns(cluster_of(tmp_path, 4, directors=swapped), hosts)
-    assert caught.value.hint is not None and caught.value.hint.startswith("give lvs-1 a slot at first whose addresses")
+    assert caught.value.hint.startswith("give lvs-1 a slot at first whose addresses")
+    assert f", {again(cluster_of(tmp_path, 4))}, then the slot" in caught.value.hint
     swapped[0]["slot"] = 3
     assert turns(cluster_of(tmp_path, 4, directors=swapped), hosts) == ["lvs-1", "lvs-2", "rs-1"]
     swapped[0]["slot"] = 2
@@ -217,14 +222,15 @@ def test_the_one_that_all_wait_for_is_named(tmp_path: Path) -> None:
     hosts = Hosts({"lvs-1": (1, 4), "lvs-2": (5, 8), "lvs-3": (9, 12)})
     with pytest.raises(BuildError, match=r"lvs-2 is to have 192\.168\.100\.9 of .* on lvs-3 now") as caught:
         turns(cluster, hosts, "lvs-1", "lvs-2")
-    assert caught.value.hint == f"invoke apply --cluster {cluster.path} --host lvs-3 --host lvs-1 --host lvs-2"
+    assert caught.value.hint == f"{again(cluster)} --host lvs-3 --host lvs-1 --host lvs-2"
 
 
 def test_addresses_beyond_a_share_that_change_places(tmp_path: Path) -> None:
     directors = [{**director(n), "local_addresses": {"laddr_g1": [f"192.168.100.{64 + n}"]}} for n in (1, 2)]
     with pytest.raises(BuildError) as caught:
         turns(cluster_of(tmp_path, 4, directors=directors), Hosts({"lvs-1": (66, 66), "lvs-2": (65, 65)}))
-    assert (caught.value.hint or "").startswith("leave 192.168.100.65 out of local_addresses of lvs-1 at first")
+    first = f"leave 192.168.100.65 out of local_addresses of lvs-1 at first, {again(cluster_of(tmp_path, 4))}, then"
+    assert caught.value.hint.startswith(first)
     del directors[0]["local_addresses"]
     hosts = Hosts({"lvs-1": (66, 66), "lvs-2": (65, 65)})
     assert turns(cluster_of(tmp_path, 4, directors=directors), hosts)[:2] == ["lvs-1", "lvs-2"]

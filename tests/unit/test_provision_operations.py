@@ -11,9 +11,9 @@ import pytest
 
 from pipeline import settings
 from pipeline.errors import BuildError
+from provision import checking, rollout
 from provision import cluster as clusters
 from provision import operations as ops
-from provision import rollout
 
 TEXT = """\
 # The cluster of the shop.
@@ -369,10 +369,12 @@ def test_one_operation_at_a_time(path: Path) -> None:
 def test_without_roll_out_the_file_is_changed_and_said(
     path: Path, capsys: pytest.CaptureFixture[str], events: Any
 ) -> None:
-    rollout.perform(path, ops.add_vip("docs", "203.0.113.4"), rollout.Options())
+    where = checking.Where(Path("lab/ssh_config"))
+    rollout.perform(path, ops.add_vip("docs", "203.0.113.4"), rollout.Options(where=where))
     assert "+    vips: [203.0.113.3, 203.0.113.4]" in capsys.readouterr().out
     assert "203.0.113.4" in path.read_text(encoding="utf-8")
-    assert any("no host is" in text for text in events.texts("note"))
+    reach = f"--cluster {path} --ssh-config lab/ssh_config"
+    assert f"{path} is changed, no host is: invoke plan {reach}, then invoke apply {reach}" in events.texts("note")
 
 
 def test_a_dry_run_changes_nothing(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
