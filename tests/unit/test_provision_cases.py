@@ -377,6 +377,9 @@ def play(root: Path, script: Path, host: Director) -> list[str]:
         nic = root / "sys/class/net" / interface.name
         nic.mkdir(parents=True)
         (nic / "ifindex").write_text("1\n", encoding="utf-8")
+    link = root / "run/systemd/netif/links/1"
+    link.parent.mkdir(parents=True)
+    link.write_text("ADMIN_STATE=unmanaged\n", encoding="utf-8")
     result = run.run(["bash", script], env={"LVS_ROOT": str(root)})
     assert "left out" not in result.stdout + result.stderr
     return (root / "log").read_text(encoding="utf-8").splitlines()

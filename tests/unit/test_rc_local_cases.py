@@ -1,8 +1,9 @@
 """The director's `/etc/rc.local` with tools that only write down how they were called: `tests/cases/rc-local/<case>/`.
 
 host.conf       what the host was given; missing where it was given nothing
-machine.yaml    the NICs: offloads as `ethtool -k` names them, and networkd's file for the link
-expected        what was said, and what was called in which order
+machine.yaml    the NICs: offloads as `ethtool -k` names them, and networkd's file for the link; how often rc.local has
+                waited when the NIC appears (after), and when networkd has decided about it (networkd_after)
+expected        what was said, what was called in which order, and how often rc.local has waited
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ FAKE = """#!/bin/sh
 echo "${0##*/} $*" >>"$LVS_ROOT/calls"
 ! grep -qxF -- "${0##*/} $*" "$LVS_ROOT/failing" 2>/dev/null
 """
+# Time goes by: what is due at the n-th call happens.
+SLEEP = """#!/bin/sh
+echo "$*" >>"$LVS_ROOT/sleeps"
+[ -d "$LVS_ROOT/later" ] || exit 0
+due=$LVS_ROOT/later/$(($(wc -l <"$LVS_ROOT/sleeps")))
+[ ! -d "$due" ] || cp -r "$due/." "$LVS_ROOT"
+"""
 
 
 def test_there_are_cases() -> None:
@@ -39,13 +47,17 @@ def put(path: Path, text: str, mode: int = 0o644) -> None:
 def build(root: Path, case: Path) -> None:
     machine: dict[str, Any] = yaml.safe_load((case / "machine.yaml").read_text(encoding="ascii"))
     for index, (name, nic) in enumerate(machine["nics"].items(), start=2):
-        put(root / f"sys/class/net/{name}/ifindex", f"{index}\n")
+        here, decided = (root / f"later/{nic[key]}" if key in nic else root for key in ("after", "networkd_after"))
+        put(here / f"sys/class/net/{name}/ifindex", f"{index}\n")
         put(root / "features" / name, "".join(f"{key}: {value}\n" for key, value in nic.get("features", {}).items()))
-        if "network" in nic:
-            put(root / f"run/systemd/netif/links/{index}", f"ADMIN_STATE=configured\nNETWORK_FILE={nic['network']}\n")
+        link = f"run/systemd/netif/links/{index}"
+        network = f"ADMIN_STATE=configuring\nNETWORK_FILE={nic['network']}\n" if "network" in nic else ""
+        put(here / link, "ADMIN_STATE=pending\n")
+        put(decided / link, network or "ADMIN_STATE=unmanaged\n")
     put(root / "failing", "".join(f"{line}\n" for line in machine.get("failing", [])))
     for tool in ("bin/ethtool", "bin/ip", "usr/sbin/set_irq_affinity", "lib/systemd/systemd-networkd-wait-online"):
         put(root / tool, FAKE, 0o755)
+    put(root / "bin/sleep", SLEEP, 0o755)
     if (case / "host.conf").exists():
         put(root / "etc/lvs/host.conf", (case / "host.conf").read_text(encoding="utf-8"))
 
@@ -54,6 +66,9 @@ def observe(root: Path, result: run.Result) -> str:
     calls = root / "calls"
     said = [f"exit {result.returncode}", "--- stdout", result.stdout, "--- stderr", result.stderr, "--- called"]
     said.append(calls.read_text(encoding="utf-8") if calls.exists() else "")
+    if (root / "sleeps").exists():
+        sleeps = (root / "sleeps").read_text(encoding="ascii").splitlines()
+        said += ["--- waited", *(f"{sleeps.count(each)} times {each} s" for each in sorted(set(sleeps)))]
     said.append("--- written")
     said += [f"{file.relative_to(root)}" for file in sorted(root.glob("run/systemd/network/**/*.conf"))]
     lines = "\n".join(part.strip("\n") for part in said).replace(str(root), "").splitlines()
