@@ -166,7 +166,7 @@ class Recipe:
             if not any(os.path.lexists(folder / name) for folder in rootfs_folders(role, room)):
                 problems.add(f"modes.{name}", "no such file in common/rootfs or the role's rootfs")
         for argument in data["kernel_args"]:
-            if argument.split("=")[0] in ("root", "ro", "rw", "init", "console"):
+            if argument.split("=")[0] in ("root", "ro", "rw", "init", "panic", "console"):
                 problems.add("kernel_args", f"{argument} is set by image/base.py")
         problems.raise_if_any(str(path), f"correct {path}")
         return cls(
@@ -270,14 +270,20 @@ class Layout:
 
 
 def kernel_command_line(layout: Layout, extra: Sequence[str]) -> str:
-    """The kernel's arguments: the root file system, both consoles (the last one is /dev/console), the role's own."""
-    return " ".join([f"root=PARTUUID={layout.root.guid}", "ro", "console=tty0", "console=ttyS0,115200", *extra])
+    """The kernel's arguments: the root file system, both consoles (the last one is /dev/console), the role's own.
+
+    A machine that panics comes back by itself after 10 s: its neighbours carry its traffic meanwhile, and nobody is at
+    the console. Here and not as a sysctl, for a kernel that does not get as far as those.
+    """
+    root = f"root=PARTUUID={layout.root.guid}"
+    return " ".join([root, "ro", "panic=10", "console=tty0", "console=ttyS0,115200", *extra])
 
 
 def grub_configuration(layout: Layout, image: Recipe) -> str:
-    """`/boot/grub/grub.cfg`: the newest kernel, and the one before it when there is one.
+    """`/boot/grub/grub.cfg`: the newest kernel, and the one that ran before it when there is one.
 
-    It names links, not versions: a kernel package's hook moves the links, and nothing has to rewrite this file.
+    It names links, not versions: a kernel package's hook moves the links, and nothing has to rewrite this file. A
+    newest kernel that GRUB cannot load (a damaged file) is no reason to stay in the menu.
     """
     arguments = kernel_command_line(layout, image.kernel_args)
     return f"""\
@@ -292,6 +298,7 @@ menuentry "{image.name}" {{
     linux /boot/vmlinuz {arguments}
 }}
 if [ -e /boot/vmlinuz.old ]; then
+set fallback=1
 menuentry "{image.name}, previous kernel" {{
     linux /boot/vmlinuz.old {arguments}
 }}

@@ -81,11 +81,13 @@ def test_identifiers_follow_the_seed() -> None:
 def test_grub_configuration(room: Path) -> None:
     layout = Layout(2048, "seed")
     text = base.grub_configuration(layout, Recipe.load("toy", room))
-    arguments = f"root=PARTUUID={layout.root.guid} ro console=tty0 console=ttyS0,115200 nohz=off\n"
+    arguments = f"root=PARTUUID={layout.root.guid} ro panic=10 console=tty0 console=ttyS0,115200 nohz=off\n"
     assert f"    linux /boot/vmlinuz {arguments}" in text
     assert f"    linux /boot/vmlinuz.old {arguments}" in text
-    # no entry for a kernel that is not there
-    assert text.index("if [ -e /boot/vmlinuz.old ]") < text.index("previous kernel")
+    # no entry for a kernel that is not there, and no way to it
+    entries, conditional = text.split("if [ -e /boot/vmlinuz.old ]; then\n")
+    assert entries.count("menuentry ") == 1 and "fallback" not in entries
+    assert conditional.startswith("set fallback=1\nmenuentry ") and "previous kernel" in conditional
     assert "set timeout=1\n" in text
     assert "initrd" not in text
 
@@ -147,6 +149,7 @@ def test_all_problems_of_a_recipe_at_once(room: Path) -> None:
     ("before", "after", "said"),
     [
         ("[nohz=off]", "[root=/dev/sda1]", "root=/dev/sda1 is set by"),
+        ("[nohz=off]", "[panic=0]", "panic=0 is set by"),
         ("[nohz=off]", '["a b"]', "kernel_args"),
         ("[nohz=off]", "['x;reboot']", "kernel_args"),
         ("[toyd]", "[kernel-lvs]", "comes by itself"),

@@ -48,31 +48,46 @@ def test_links_to_our_own_files_lead_somewhere(folder: Path) -> None:
 
 @pytest.mark.runs("sh")
 @pytest.mark.parametrize(
-    ("kernels", "removed", "newest", "previous"),
+    ("kernels", "removed", "running", "newest", "previous"),
     [
-        (["6.12.9-1.lvs"], None, "6.12.9-1.lvs", None),
-        (["6.12.9-1.lvs", "6.12.10-1.lvs"], None, "6.12.10-1.lvs", "6.12.9-1.lvs"),
-        (["6.12.9-1.lvs", "6.12.10-1.lvs", "6.6.100-1.lvs"], None, "6.12.10-1.lvs", "6.12.9-1.lvs"),
-        (["6.12.9-1.lvs", "6.12.10-1.lvs"], "6.12.10-1.lvs", "6.12.9-1.lvs", None),
-        (["6.12.9-1.lvs", "6.12.10-1.lvs", "6.12.11-1.lvs"], "6.12.10-1.lvs", "6.12.11-1.lvs", "6.12.9-1.lvs"),
-        ([], None, None, None),
+        ("6.12.9-1.lvs", None, None, "6.12.9-1.lvs", None),
+        ("6.12.9-1.lvs 6.12.10-1.lvs", None, None, "6.12.10-1.lvs", "6.12.9-1.lvs"),
+        ("6.12.9-1.lvs 6.12.10-1.lvs 6.6.100-1.lvs", None, None, "6.12.10-1.lvs", "6.12.9-1.lvs"),
+        ("6.12.9-1.lvs 6.12.10-1.lvs", "6.12.10-1.lvs", None, "6.12.9-1.lvs", None),
+        ("6.12.9-1.lvs 6.12.10-1.lvs 6.12.11-1.lvs", "6.12.10-1.lvs", None, "6.12.11-1.lvs", "6.12.9-1.lvs"),
+        ("", None, None, None, None),
+        # What runs has booted, what two upgrades without a reboot have brought has not.
+        ("6.12.9-1.lvs 6.12.10-1.lvs 6.12.11-1.lvs", None, "6.12.9-1.lvs", "6.12.11-1.lvs", "6.12.9-1.lvs"),
+        ("6.12.9-1.lvs 6.12.10-1.lvs 6.12.11-1.lvs", None, "6.12.11-1.lvs", "6.12.11-1.lvs", "6.12.10-1.lvs"),
+        ("6.12.9-1.lvs 6.12.10-1.lvs 6.12.11-1.lvs", "6.12.9-1.lvs", "6.12.9-1.lvs", "6.12.11-1.lvs", "6.12.10-1.lvs"),
+        ("6.12.9-1.lvs", None, "6.12.9-1.lvs", "6.12.9-1.lvs", None),
     ],
 )
 def test_boot_links(
-    tmp_path: Path, kernels: list[str], removed: str | None, newest: str | None, previous: str | None
+    tmp_path: Path, kernels: str, removed: str | None, running: str | None, newest: str | None, previous: str | None
 ) -> None:
-    for version in kernels:
+    for version in kernels.split():
         (tmp_path / f"vmlinuz-{version}").touch()
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    # The links are the old ones yet when the disk gets the files that they will lead to.
+    for name, script in {
+        "uname": f"echo {running or '6.1.0-builder'}",
+        "sync": 'echo "$*"; readlink "$2/vmlinuz" "$2/vmlinuz.old"',
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n", encoding="ascii")
+        (tools / name).chmod(0o755)
     for stale in ("vmlinuz", "vmlinuz.old", "vmlinuz.new"):
         (tmp_path / stale).symlink_to("vmlinuz-gone")
     folder = "postrm.d/zz-link-removed" if removed else "postinst.d/zz-link-kernels"
     hook = IMAGE / "common/rootfs/etc/kernel" / folder
-    argument = removed or (kernels or ["0"])[-1]
-    run.run(
+    argument = removed or (kernels.split() or ["0"])[-1]
+    said = run.run(
         ["sh", hook, argument, f"/boot/vmlinuz-{argument}"],
-        env={"LVS_BOOT": str(tmp_path)},
+        env={"LVS_BOOT": str(tmp_path), "PATH": f"{tools}:{os.environ['PATH']}"},
         what="the hook of kernel packages",
-    )
+    ).stdout
+    assert said.splitlines() == ([f"-f {tmp_path}", "vmlinuz-gone", "vmlinuz-gone"] if newest else [])
     wanted = {"vmlinuz": newest, "vmlinuz.old": previous}
     for name, release in wanted.items():
         link = tmp_path / name
