@@ -71,6 +71,13 @@ def test_messages_are_where_the_manual_reads_them(ask: Ask) -> None:
     ask("for n in $(seq 50); do grep -q lvsforge-check /var/log/messages && exit 0; sleep 0.2; done; exit 1")
 
 
+def test_logs_are_measured_every_quarter_of_an_hour(ask: Ask) -> None:
+    """`maxsize` bounds nothing between two runs of logrotate; Debian's own timer is a daily one."""
+    assert ask("systemctl is-active logrotate.timer") == "active"
+    calendar = ask("systemctl show -P TimersCalendar logrotate.timer")
+    assert calendar.count("OnCalendar=") == 1 and "OnCalendar=*-*-* *:00/15:00 " in calendar
+
+
 @pytest.mark.usefixtures("director")
 @pytest.mark.parametrize("unit", WAITING)
 def test_a_service_waits_for_its_configuration(ask: Ask, unit: str) -> None:
