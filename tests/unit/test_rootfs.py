@@ -46,6 +46,13 @@ def test_links_to_our_own_files_lead_somewhere(folder: Path) -> None:
             assert path.exists() or not ours, path
 
 
+def test_the_stages_of_cloud_init_depend_on_nothing_but_the_first() -> None:
+    """They require cloud-init-local.service, which fails with every command of it that has no "-"."""
+    lines = (IMAGE / "common/rootfs/etc/systemd/system/cloud-init-local.service").read_text("ascii").splitlines()
+    after = [line.partition("=")[2] for line in lines if line.startswith("ExecStartPost=")]
+    assert after and [command for command in after if not command.startswith("-")] == []
+
+
 @pytest.mark.runs("sh")
 @pytest.mark.parametrize(
     ("kernels", "removed", "running", "newest", "previous"),
