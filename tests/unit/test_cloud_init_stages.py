@@ -27,6 +27,9 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     monkeypatch.setattr(module, "SOCKET", str(tmp_path / "socket"))
+    monkeypatch.setattr(module, "INSTANCE", str(tmp_path / "instance"))
+    monkeypatch.setattr(module, "LABELS", str(tmp_path / "by-label"))
+    os.symlink("instances/gone", module.INSTANCE)
     return module
 
 
@@ -91,3 +94,54 @@ def test_without_a_server_a_stage_runs_the_stock_way(stages: ModuleType, monkeyp
     monkeypatch.setattr(os, "execv", lambda path, argv: calls.append((path, argv)))
     stages.ask("config")
     assert calls == [("/usr/bin/cloud-init", ["cloud-init", "modules", "--mode=config"])]
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long was waited each time; only this clock goes on."""
+    times: list[float] = []
+    monkeypatch.setattr("time.sleep", times.append)
+    monkeypatch.setattr("time.monotonic", lambda: sum(times))
+    return times
+
+
+def test_a_host_that_has_an_instance_does_not_wait_for_a_seed(stages: ModuleType, slept: list[float]) -> None:
+    stages.wait_for_seed()
+    assert slept == []
+
+
+@pytest.mark.parametrize("label", ["cidata", "CIDATA"])
+def test_a_new_host_waits_for_the_disk_of_its_seed(
+    stages: ModuleType, slept: list[float], monkeypatch: pytest.MonkeyPatch, label: str
+) -> None:
+    os.unlink(stages.INSTANCE)
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        # The folder comes with the first disk that has a label.
+        os.makedirs(stages.LABELS, exist_ok=True)
+        Path(stages.LABELS, label if len(slept) == 7 else "root").touch()
+
+    monkeypatch.setattr("time.sleep", sleep)
+    stages.wait_for_seed()
+    assert len(slept) == 7
+
+
+def test_without_a_seed_a_new_host_goes_on(
+    stages: ModuleType, slept: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.unlink(stages.INSTANCE)
+    stages.wait_for_seed()
+    assert 15 <= sum(slept) < 16
+    assert "no disk labelled cidata within 15 s" in capsys.readouterr().err
+
+
+def test_the_local_stage_comes_after_the_wait(
+    stages: ModuleType, serve: Callable[[bool], tuple[list[str], threading.Thread]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    asked: list[str] = []
+    monkeypatch.setattr(stages, "wait_for_seed", lambda: seen.append(list(asked)))
+    asked, _ = serve(True)
+    assert seen == [[]] and asked == ["init --local"]
+    assert stages.ask("final") == 1
