@@ -10,7 +10,7 @@ help: ## show this
 setup: ## install what the tasks need (Debian packages, Python packages in .venv)
 	@pipeline/setup.sh
 
-image: setup ## fetch, build kernels, tools and repository, bake and boot both images
+image: setup ## fetch, build kernels and tools, bake and boot both images, publish the repository
 	@$(INVOKE) image
 
 test: setup ## run every test; builds what they need first

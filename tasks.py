@@ -39,7 +39,7 @@ def _show(lines: list[str]) -> None:
 
 @command("offline", "locked", "dry_run", "keep")
 def image(_c: Any) -> None:
-    """Build everything: fetch, kernels, tools, repository, then bake, boot and check both images."""
+    """Build everything: fetch, kernels, tools, then bake, boot and check both images, and publish the repository."""
     bake.everything()
 
 

@@ -122,9 +122,11 @@ def everything() -> None:
         Sources(Store()).fetch_all()
     line = Line()
     line.store.require_space(15.0 if not line.store.results("image-director") else 5.0, "building everything")
-    publish(line)
     for role in roles():
         check(role, line)
+    # Last: hosts take from the repository what stands in it, so no kernel goes there before it has booted. The images
+    # are made from repositories of their own.
+    publish(line)
 
 
 def bake(role: str, line: Line | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import tasks
 from image import bake
 from pipeline import run, settings
 from pipeline.debroot import Root
+from pipeline.errors import BuildError
 from pipeline.signing import SigningKey
 from pipeline.sources import Sources
 from pipeline.store import Stage, Store
@@ -73,6 +75,26 @@ def test_a_dry_bundle_says_what_it_would_pack(
     bake.bundle(tmp_path / "out.tar")
     assert "· root-image " in capsys.readouterr().out
     assert not files(tmp_path) and not files(Store().root)
+
+
+@pytest.mark.parametrize("broken", ["", *bake.roles()])
+def test_what_has_not_booted_is_not_published(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts take from the repository what stands in it."""
+    done: list[str] = []
+
+    def check(role: str, _line: bake.Line) -> None:
+        if role == broken:
+            raise BuildError(f"the {role} image does not boot", "invoke console")
+        done.append(role)
+
+    monkeypatch.setattr(Sources, "fetch_all", lambda self: [])
+    monkeypatch.setattr(Store, "require_space", lambda *_: None)
+    monkeypatch.setattr(bake, "check", check)
+    monkeypatch.setattr(bake, "publish", lambda _line: done.append("repository"))
+    with pytest.raises(BuildError) if broken else contextlib.nullcontext():
+        bake.everything()
+    assert ("repository" in done) is not bool(broken)
+    assert broken or done == [*bake.roles(), "repository"]
 
 
 @pytest.fixture
