@@ -189,7 +189,8 @@ def ready(given: Mapping[str, str], role: str) -> Path:
     if others and line.store.has(finished := line.image(role).finished):
         return verify.qcow2(line.store.path(finished))
     name = Recipe.load(role).name
-    baked = sorted(settings.out().glob(f"{name}/*/*.qcow2"), key=lambda path: path.stat().st_mtime)
+    # no name with a dot before it: that is half an image, of which the copying was killed
+    baked = sorted(settings.out().glob(f"{name}/[!.]*/*.qcow2"), key=lambda path: path.stat().st_mtime)
     if baked:
         return baked[-1].resolve()
     older = [f"an image of another state of the checkout is there: --image-{role} {others[0]}"] if others else []

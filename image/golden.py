@@ -357,10 +357,13 @@ def publish(result: Path, image: Recipe, out: Path) -> Path:
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     store.remove_tree(beside)
     beside.mkdir(parents=True)
-    for name in [*(line.split("  ")[1] for line in sums.splitlines()), "SHA256SUMS"]:
-        # copies, no hard links: what a user does to out/ must not reach the store
-        shutil.copyfile(result / name, beside / name)
-    store.remove_tree(target)
-    beside.rename(target)
+    try:
+        for name in [*(line.split("  ")[1] for line in sums.splitlines()), "SHA256SUMS"]:
+            # copies, no hard links: what a user does to out/ must not reach the store
+            shutil.copyfile(result / name, beside / name)
+        store.remove_tree(target)
+        beside.rename(target)
+    finally:
+        store.remove_tree(beside)  # half an image, where the disk was full
     progress.note(f"{target / data['image']['file']}   ({data['image']['bytes'] / 1e6:.0f} MB)")
     return target

@@ -181,12 +181,17 @@ def test_publish_is_whole_or_not_at_all(
     golden.publish(finished, director, out)  # the same again: nothing is written
     assert (target / "manifest.json").stat().st_mtime_ns == before
 
+    def full(_source: Path, copy: Path) -> None:
+        copy.write_bytes(b"im")
+        raise OSError(28, "full")
+
     (target / "SHA256SUMS").write_text("")  # damaged; the next one fails half way
     with monkeypatch.context() as broken:
-        broken.setattr(shutil, "copyfile", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        broken.setattr(shutil, "copyfile", full)
         with pytest.raises(OSError, match="full"):
             golden.publish(finished, director, out)
     assert (target / "lvs-director-6.12-x.qcow2").read_bytes() == b"image"
+    assert list(target.parent.iterdir()) == [target]
 
     golden.publish(finished, director, out)
     assert (target / "SHA256SUMS").read_bytes() == (finished / "SHA256SUMS").read_bytes()

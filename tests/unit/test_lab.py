@@ -142,6 +142,8 @@ def test_the_image_that_is_taken(store: Store, tmp_path: Path, monkeypatch: pyte
         bake.ready({"director": ""}, "director")
     assert caught.value.details == (f"an image of another state of the checkout is there: --image-director {older}",)
     published = baked(settings.out() / "lvs-director" / "1")
+    os.utime(published, (0, 0))
+    baked(settings.out() / "lvs-director" / ".2.4711")  # the newest, and killed while it was copied
     assert bake.ready({"director": ""}, "director") == published
     own = baked(tmp_path / "own")
     monkeypatch.setattr(store, "has", lambda stage: stage == "stage")
