@@ -135,7 +135,12 @@ def publish(
 
 
 def client_configuration() -> str:
-    """The `.repo` file for hosts; both signatures are demanded, since neither implies the other."""
+    """The `.repo` file for hosts; both signatures are demanded, since neither implies the other.
+
+    Its priority is before the 99 that repositories have by default: a distribution's package of the same name with a
+    higher version (Enterprise Linux 9 has ipvsadm, keepalived and frr) would replace ours at the next `dnf upgrade`,
+    and know nothing of FULLNAT.
+    """
     return (
         "# Serve the repository, set its address below, and copy this file to /etc/yum.repos.d/.\n"
         "[lvsforge]\n"
@@ -145,4 +150,6 @@ def client_configuration() -> str:
         "gpgcheck=1\n"
         "repo_gpgcheck=1\n"
         "enabled=1\n"
+        "# Before the distribution's repositories, which have packages of the same names.\n"
+        "priority=10\n"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,13 @@ def test_clients_are_told_to_check_both_signatures() -> None:
     assert "gpgcheck=1" in lines
     assert "repo_gpgcheck=1" in lines
     assert any(line.startswith("gpgkey=") and line.endswith(KEY_FILE) for line in lines)
+
+
+def test_clients_prefer_our_packages_to_a_distributions_newer_ones() -> None:
+    """99 is what a repository has that says nothing; the lower number wins."""
+    configuration = configparser.ConfigParser()
+    configuration.read_string(repository.client_configuration())
+    assert configuration.getint("lvsforge", "priority") < 99
 
 
 # --- publishing, with the tools that sign and index replaced
