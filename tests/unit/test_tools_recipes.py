@@ -171,6 +171,28 @@ def test_logs_of_the_manual_can_be_written_and_are_rotated() -> None:
         assert f"f {log} 0640 frr frr -" in made
 
 
+def test_logs_of_the_routing_daemons_have_a_limit_and_root_signals_nobody_that_frr_names() -> None:
+    """What stands in the daemons' own files must not choose which process gets root's SIGUSR1, which ends most."""
+    text = (build.ROOM / "quagga" / "frr.logrotate").read_text(encoding="utf-8")
+    blocks = re.findall(r"^/.+?^}$", text, re.M | re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        assert "\n    maxsize 100M\n" in block
+        (script,) = re.findall(r"^    postrotate\n(.+?)^    endscript$", block, re.M | re.S)
+        as_frr = re.findall(r"^ *setpriv --reuid=frr --regid=frr --clear-groups sh -c '[^']+'$", script, re.M)
+        rest = re.sub(r"^ *#.*", "", script.replace("".join(as_frr), ""), flags=re.M)
+        assert len(as_frr) == 1 and "kill -USR1" in as_frr[0] and not rest.strip()
+
+
+def test_no_link_of_the_routing_daemons_leads_root_astray() -> None:
+    """Their folder is their own; without -h chown changes what a link in it points to."""
+    units = [build.ROOM / "quagga" / file for file in build.read("quagga").units]
+    texts = [path.read_text(encoding="utf-8") for path in units if path.name != "watchfrr.service"]
+    assert len(texts) == 5
+    for text in texts:
+        assert re.findall(r"chown\b.*? frr:frr", text) == ["chown -h frr:frr"]
+
+
 def test_the_build_root_is_a_valid_recipe() -> None:
     root = recipe.load(build.ROOM / "root.yaml", ROOT_SCHEMA)
     assert {"gcc", "rpm", "ccache", "libyang2-dev"} <= set(root["packages"])
