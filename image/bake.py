@@ -224,11 +224,13 @@ def build(stages: Sequence[Stage]) -> None:
 def publish(line: Line | None = None) -> None:
     """Sign all packages and add them to out/repository."""
     line = line or Line()
-    plain = [*kernels.stages("", line.store), *tools.stages("", line.store)]
+    # with the file in which the release number of the packages stands
+    plain = [(kernels.stage(name, line.store), kernels.ROOM / name / "flavour.yaml") for name in kernels.flavours()]
+    plain += [(tools.stage(name, line.store), tools.ROOM / name / "recipe.yaml") for name in tools.names()]
     if settings.current.dry_run:
-        show_plan(plain)
+        show_plan([stage for stage, _ in plain])
         return
-    results = [line.store.ensure(line.signed(stage)) for stage in plain]
+    results = {line.store.ensure(line.signed(stage)): recipe for stage, recipe in plain}
     repository.publish(results, settings.out() / "repository", line.store, line.sandbox, line.key)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pipeline import progress, store
+from pipeline import progress, rpm, store
 from pipeline.rpm import FileName, link_or_copy
 from pipeline.sandbox import Sandbox
 from pipeline.signing import SigningKey
@@ -68,23 +68,24 @@ def index(sandbox: Sandbox, key: SigningKey, folder: Path) -> None:
         )
 
 
-def superseded(present: Iterable[str], coming: Iterable[str]) -> list[str]:
-    """Which published packages a new build replaces: same name, version, release number and arch, other inputs.
+def superseded(present: Iterable[str], coming: Iterable[str]) -> dict[str, str]:
+    """Which published packages a new build replaces, and by what: same name, version, number and arch, other inputs.
 
     A release number that was not raised says "still the same release", and two builds of it must not compete in
     one repository: which of their keys sorts higher is an accident. Other numbers and versions stay.
     """
     new = {FileName.parse(name).line: name for name in coming}
-    return sorted(name for name in present if name != new.get(FileName.parse(name).line, name))
+    found = {name: new.get(FileName.parse(name).line, name) for name in sorted(present)}
+    return {name: other for name, other in found.items() if name != other}
 
 
 def publish(
-    results: Sequence[Path], target: Path, where: Store, toolbox: Callable[[], Sandbox], key: SigningKey
+    results: Mapping[Path, Path], target: Path, where: Store, toolbox: Callable[[], Sandbox], key: SigningKey
 ) -> list[str]:
-    """Add signed packages to the published repository.
+    """Add signed packages to the published repository, and warn of those that no `dnf upgrade` takes.
 
     Args:
-        results: folders of signed packages.
+        results: folders of signed packages, each with the file in which their release number stands.
         target: the repository; `x86_64/`, `source/`, the public key and a `.repo` file for clients.
         where: its lock keeps two publishers apart.
         toolbox: gives a root with createrepo_c and gpg.
@@ -100,23 +101,26 @@ def publish(
         if not target.exists() and old.exists():  # a crash between the two renames below
             old.rename(target)
         parts = ("x86_64", "source")
-        packages = [p for folder in results for p in sorted(folder.glob("*.rpm"))]
+        recipes = {p: recipe for folder, recipe in results.items() for p in sorted(folder.glob("*.rpm"))}
         public = key.public(toolbox())
         known = (target / KEY_FILE).read_text(encoding="ascii") if (target / KEY_FILE).exists() else ""
-        added = [p.name for p in packages if not any((target / part / p.name).exists() for part in parts)]
+        added = [p.name for p in recipes if not any((target / part / p.name).exists() for part in parts)]
         if not added and known == public:
             return []
+        replaced: dict[str, Path] = {}
         with progress.step(f"publishing {len(added)} packages to {target}"):
             beside = target.with_name(f".{target.name}.new")
             store.remove_tree(beside)
             for part in parts:
                 folder = beside / part
                 folder.mkdir(parents=True)
-                coming = {p.name: p for p in packages if p.name.endswith(".src.rpm") == (part == "source")}
+                coming = {p.name: p for p in recipes if p.name.endswith(".src.rpm") == (part == "source")}
                 present = {p.name: p for p in (target / part).glob("*.rpm")} if target.exists() else {}
-                for name in superseded(present, coming):
+                for name, other in superseded(present, coming).items():
                     progress.note(f"{name} is replaced by a build of the same release from other inputs")
                     del present[name]
+                    if part != "source":  # which no host has installed
+                        replaced[name] = coming[other]
                 for name, path in coming.items():
                     # copies, no hard links: what a user does to out/ must not reach the store
                     shutil.copyfile(path, folder / name)
@@ -131,7 +135,35 @@ def publish(
                 target.rename(old)
             beside.rename(target)
             store.remove_tree(old)
+        warn_of_downgrades(toolbox, replaced, recipes)
     return added
+
+
+def warn_of_downgrades(
+    toolbox: Callable[[], Sandbox], replaced: Mapping[str, Path], recipes: Mapping[Path, Path]
+) -> None:
+    """Say which new builds a host with the build before will not take: half of all, as keys are no numbers that grow.
+
+    Args:
+        toolbox: gives a root with rpm.
+        replaced: names of packages that were in the repository, with the package that is there instead.
+        recipes: packages with the file in which their release number stands.
+    """
+    if not replaced:
+        return
+    releases = [(FileName.parse(p.name).release, FileName.parse(old).release) for old, p in replaced.items()]
+    for (old, package), order in zip(replaced.items(), rpm.compare(toolbox(), releases), strict=True):
+        if order > 0:
+            continue
+        before, after = (name.rsplit(".", 2)[0] for name in (old, package.name))
+        # dnf puts a kernel beside the others instead of taking them away
+        beside = "installonlypkg(" in rpm.query(toolbox(), package, "[%{PROVIDENAME}\n]")
+        progress.warn(
+            f"hosts that have {before} will not take {after} by dnf upgrade: the number is the same, and rpm does not "
+            f"take its key for the newer one. Raise release in {recipes[package]} and build again; or, on hosts: "
+            f"dnf distro-sync {FileName.parse(old).name}"
+            f"{', then choose it in the boot menu, where the other may stay the first' if beside else ''}"
+        )
 
 
 def client_configuration() -> str:

@@ -52,6 +52,11 @@ class FileName:
         """Name, version, number and arch: equal for two builds of which the later replaces the earlier."""
         return (self.name, self.version, self.number, self.arch)
 
+    @property
+    def release(self) -> str:
+        """`1.0a1b2c3d`, without a distribution's tag."""
+        return f"{self.number}.{self.key8}"
+
 
 def build(
     sandbox: Sandbox,
@@ -190,6 +195,15 @@ def unpack(sandbox: Sandbox, package: Path, folder: Path) -> None:
         cwd="/build/tree",
         what=f"unpacking {package.name}",
     )
+
+
+def compare(sandbox: Sandbox, pairs: Sequence[tuple[str, str]]) -> list[int]:
+    """How rpm orders the two versions or releases of each pair: -1 where the first is the older one, 0, or 1.
+
+    Keys are no numbers to it and no words: 9a is older than 10a, and 0a0 is the same as 00a.
+    """
+    words = [word for a, b in pairs for word in ("--eval", f"%{{lua:print(rpm.vercmp('{a}', '{b}'))}}")]
+    return [int(word) for word in sandbox.run(["rpm", *words]).stdout.split()]
 
 
 def query(sandbox: Sandbox, package: Path, form: str) -> str:

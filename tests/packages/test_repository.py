@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import repository, rpm, run, settings
+from pipeline import progress, repository, rpm, run, settings
 from pipeline.debroot import Root, tree
 from pipeline.errors import BuildError
 from pipeline.repository import KEY_FILE
@@ -27,6 +27,7 @@ from pipeline.store import Store
 pytestmark = pytest.mark.build
 
 NAME = "toy-1.0-1.aaaaaaaa.noarch.rpm"
+RECIPE = Path("tools/toy/recipe.yaml")
 SPEC = """\
 Name: {name}
 Version: {version}
@@ -97,7 +98,7 @@ def good(
     folder = folder_with(unsigned, top / "signed")
     rpm.sign(toolbox, keys["ours"], folder)
     target = top / "repository"
-    added = repository.publish([folder], target, Store(top / "store"), lambda: toolbox, keys["ours"])
+    added = repository.publish({folder: RECIPE}, target, Store(top / "store"), lambda: toolbox, keys["ours"])
     assert added == [NAME]
     return target
 
@@ -117,20 +118,24 @@ def checksig(toolbox: Sandbox, key_file: Path, package: Path, level: str = "all"
     return toolbox.run(["sh", "-c", f"mkdir /tmp/db; {script}"], ro_binds=binds, check=False)
 
 
-def install(toolbox: Sandbox, published: Path, where: Path, *, gpgcheck: bool = True) -> tuple[int, str, Path]:
-    """Install toy into an empty tree with dnf and our published client configuration; status, output, tree."""
+def install(
+    toolbox: Sandbox, published: Path, where: Path, words: str = "install toy", *, gpgcheck: bool = True
+) -> tuple[int, str, Path]:
+    """Install toy into a tree with dnf and our published client configuration; status, output, tree."""
     root = where / "tree"
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
     client = (published / "lvsforge.repo").read_text()
     client = client.replace("https://REPOSITORY.EXAMPLE/", "file:///build/repository/")
     assert "EXAMPLE" not in client
     if not gpgcheck:
         client = client.replace("\ngpgcheck=1", "\ngpgcheck=0")
     configuration = where / "dnf.conf"
-    configuration.write_text("[main]\nreposdir=/nowhere\nplugins=0\ncachedir=/var/cache/dnf\n" + client)
+    configuration.write_text(
+        "[main]\nreposdir=/nowhere\nplugins=0\ncachedir=/var/cache/dnf\nmetadata_expire=0\n" + client
+    )
     macros = where / "macros"
     macros.write_text("%_dbpath /var/lib/rpm\n%__gpg /usr/bin/gpg\n")
-    dnf = "dnf --config /build/dnf.conf --installroot /build/tree --releasever 12 --assumeyes install toy"
+    dnf = f"dnf --config /build/dnf.conf --installroot /build/tree --releasever 12 --assumeyes {words}"
     result = toolbox.run(
         ["sh", "-c", f"{dnf} 2>&1"],
         binds={root: "/build/tree"},
@@ -349,7 +354,7 @@ def test_older_versions_stay_installable(
         folder = tmp_path / f"{version}-{number}-{key8}"
         build(toolbox, folder, version=version, number=number, key8=key8, text=key8)
         rpm.sign(toolbox, keys["ours"], folder)
-        return repository.publish([folder], copy, store, lambda: toolbox, keys["ours"])
+        return repository.publish({folder: RECIPE}, copy, store, lambda: toolbox, keys["ours"])
 
     def names() -> list[FileName]:
         return [FileName.parse(p.name) for p in sorted((copy / "x86_64").glob("*.rpm"))]
@@ -367,6 +372,40 @@ def test_older_versions_stay_installable(
     status, text, root = install(toolbox, copy, tmp_path / "client")
     assert status == 0, text
     assert (root / "usr/share/toy/toy").read_text() == "d" * 8 + "\n"  # the newest
+
+
+@pytest.mark.parametrize(("key8", "taken"), [("b" * 8, True), ("a0000000", False)])
+def test_a_rebuild_of_the_same_release_is_taken_or_warned_of(
+    toolbox: Sandbox,
+    keys: dict[str, SigningKey],
+    copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    key8: str,
+    taken: bool,
+) -> None:
+    """What dnf upgrade does not take, the command of the warning does."""
+    warnings: list[str] = []
+    monkeypatch.setattr(progress, "warn", warnings.append)
+    status, text, root = install(toolbox, copy, tmp_path)
+    assert status == 0, text
+    build(toolbox, tmp_path / "rebuilt", key8=key8, text=key8)
+    rpm.sign(toolbox, keys["ours"], tmp_path / "rebuilt")
+    store = Store(tmp_path / "store")
+    repository.publish({tmp_path / "rebuilt": RECIPE}, copy, store, lambda: toolbox, keys["ours"])
+    status, text, _ = install(toolbox, copy, tmp_path, "upgrade")
+    assert status == 0, text
+    assert ((root / "usr/share/toy/toy").read_text() == f"{key8}\n") is taken
+    assert bool(warnings) is not taken
+    if warnings:
+        status, text, _ = install(toolbox, copy, tmp_path, warnings[0].rpartition("on hosts: dnf ")[2])
+        assert status == 0, text
+        assert (root / "usr/share/toy/toy").read_text() == f"{key8}\n"
+
+
+def test_releases_are_ordered_as_rpm_orders_them(toolbox: Sandbox) -> None:
+    pairs = [("1.9a000000", "1.10a00000"), ("1.0a000000", "1.00a00000"), ("1.b0000000", "1.a0000000")]
+    assert rpm.compare(toolbox, pairs) == [-1, 0, 1]
 
 
 def test_the_same_inputs_give_the_same_package(toolbox: Sandbox, unsigned: Path, tmp_path: Path) -> None:

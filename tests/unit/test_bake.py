@@ -6,16 +6,20 @@ import contextlib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import tasks
 from image import bake
-from pipeline import run, settings
+from image.base import roles
+from kernel import build as kernels
+from pipeline import repository, run, settings
 from pipeline.debroot import Root
 from pipeline.errors import BuildError
 from pipeline.signing import SigningKey
 from pipeline.sources import Sources
 from pipeline.store import Stage, Store
 from tests.conftest import Recorder
+from tools import build as tools
 
 
 @pytest.fixture
@@ -77,7 +81,7 @@ def test_a_dry_bundle_says_what_it_would_pack(
     assert not files(tmp_path) and not files(Store().root)
 
 
-@pytest.mark.parametrize("broken", ["", *bake.roles()])
+@pytest.mark.parametrize("broken", ["", *roles()])
 def test_what_has_not_booted_is_not_published(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hosts take from the repository what stands in it."""
     done: list[str] = []
@@ -94,7 +98,24 @@ def test_what_has_not_booted_is_not_published(broken: str, monkeypatch: pytest.M
     with pytest.raises(BuildError) if broken else contextlib.nullcontext():
         bake.everything()
     assert ("repository" in done) is not bool(broken)
-    assert broken or done == [*bake.roles(), "repository"]
+    assert broken or done == [*roles(), "repository"]
+
+
+@pytest.mark.usefixtures("resolved")
+def test_packages_are_published_with_the_files_of_their_release_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published: dict[Path, Path] = {}
+    monkeypatch.setattr(bake.Line, "signed", lambda _self, stage: stage)
+    monkeypatch.setattr(bake.Line, "key", "a key")
+    monkeypatch.setattr(Store, "ensure", lambda _self, stage: tmp_path / stage.name)
+    monkeypatch.setattr(repository, "publish", lambda results, *_: published.update(results))
+    bake.publish()
+    assert {folder.name: str(recipe.relative_to(settings.TOP)) for folder, recipe in published.items()} == {
+        **{f"kernel-{name}": f"kernel/{name}/flavour.yaml" for name in kernels.flavours()},
+        **{f"tool-{name}": f"tools/{name}/recipe.yaml" for name in tools.names()},
+    }
+    assert all(yaml.safe_load(recipe.read_text(encoding="utf-8"))["release"] for recipe in published.values())
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any, cast
 
 import pytest
 
-from pipeline import repository
+from pipeline import repository, rpm
 from pipeline.errors import BuildError
 from pipeline.repository import KEY_FILE, publish, snapshot, superseded
+from pipeline.run import Result
 from pipeline.sandbox import Sandbox
 from pipeline.signing import SigningKey
 from pipeline.store import Stage, Store
@@ -23,6 +25,9 @@ A1_AGAIN = "ipvsadm-1.31-1.bbbbbbbb.x86_64.rpm"
 A2 = "ipvsadm-1.31-2.cccccccc.x86_64.rpm"
 A_NEXT = "ipvsadm-1.32-1.dddddddd.x86_64.rpm"
 B1 = "ipvsadm-libs-1.31-1.aaaaaaaa.x86_64.rpm"
+KERNEL = "kernel-lvs-6.12.9-1.bbbbbbbb.x86_64.rpm"
+KERNEL_AGAIN = "kernel-lvs-6.12.9-1.aaaaaaaa.x86_64.rpm"
+RECIPE = Path("tools/ipvsadm/recipe.yaml")
 SRC = "ipvsadm-1.31-1.aaaaaaaa.src.rpm"
 
 
@@ -45,7 +50,12 @@ SRC = "ipvsadm-1.31-1.aaaaaaaa.src.rpm"
 def test_only_another_build_of_the_same_release_is_replaced(
     present: list[str], coming: list[str], going: list[str]
 ) -> None:
-    assert superseded(present, coming) == going
+    assert list(superseded(present, coming)) == going
+
+
+def test_each_is_told_what_replaces_it() -> None:
+    again = B1.replace("aaaaaaaa", "12345678")
+    assert superseded([B1, A1, A2], [again, A1_AGAIN, A2]) == {A1: A1_AGAIN, B1: again}
 
 
 def test_a_stranger_in_the_folder_is_refused() -> None:
@@ -87,12 +97,18 @@ class FakeKey:
 
 
 class FakeSandbox:
-    """Writes an index that lists the packages, so that a test can see what was indexed."""
+    """Writes an index that lists the packages, so that a test can see what was indexed; orders releases as words."""
 
-    def run(self, _command: Sequence[str], *, binds: Mapping[Path, str], **_rest: Any) -> None:
-        (folder,) = binds
+    def run(self, command: Sequence[str], *, binds: Mapping[Path, str] | None = None, **_rest: Any) -> Result:
+        if command[:2] == ["rpm", "--eval"]:
+            pairs = re.findall(r"rpm\.vercmp\('(.+?)', '(.+?)'\)", " ".join(command))
+            return Result((), 0, "".join(f"{(a > b) - (a < b)}\n" for a, b in pairs), "")
+        if command[:2] == ["rpm", "-qp"]:
+            return Result((), 0, "installonlypkg(kernel)\n" if "kernel" in command[-1] else "ipvsadm\n", "")
+        (folder,) = binds or {}
         (folder / "repodata").mkdir()
         (folder / "repodata/repomd.xml").write_text(" ".join(sorted(p.name for p in folder.glob("*.rpm"))))
+        return Result((), 0, "", "")
 
 
 def toolbox() -> Sandbox:
@@ -123,7 +139,7 @@ def target(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def published(tmp_path: Path, target: Path, store: Store) -> Path:
-    publish([folder_of(tmp_path, "first", A1, SRC)], target, store, toolbox, key())
+    publish({folder_of(tmp_path, "first", A1, SRC): RECIPE}, target, store, toolbox, key())
     return target
 
 
@@ -139,30 +155,61 @@ def test_the_first_publication(published: Path) -> None:
 def test_older_versions_stay_and_the_same_release_is_replaced(
     tmp_path: Path, published: Path, store: Store, events: Recorder
 ) -> None:
-    assert publish([folder_of(tmp_path, "second", A2)], published, store, toolbox, key()) == [A2]
-    assert publish([folder_of(tmp_path, "third", A1_AGAIN)], published, store, toolbox, key()) == [A1_AGAIN]
+    assert publish({folder_of(tmp_path, "second", A2): RECIPE}, published, store, toolbox, key()) == [A2]
+    assert publish({folder_of(tmp_path, "third", A1_AGAIN): RECIPE}, published, store, toolbox, key()) == [A1_AGAIN]
     assert state(published) == {"x86_64": [A1_AGAIN, A2], "source": [SRC]}
     assert (published / "x86_64/repodata/repomd.xml").read_text() == f"{A1_AGAIN} {A2}"
     assert any(A1 in text and "replaced" in text for text in events.texts("note"))
 
 
+def test_a_rebuild_that_hosts_take_for_the_older_one_is_warned_of(
+    tmp_path: Path, target: Path, store: Store, events: Recorder
+) -> None:
+    """With the two ways out, and not where the key happens to be the higher one."""
+    flavour = Path("kernel/lvs/flavour.yaml")
+    first = {folder_of(tmp_path, "a1", A1_AGAIN, B1, SRC): RECIPE, folder_of(tmp_path, "k1", KERNEL): flavour}
+    publish(first, target, store, toolbox, key())
+    assert not events.texts("warn")
+    libs, src = B1.replace("aaaaaaaa", "bbbbbbbb"), SRC.replace("aaaaaaaa", "00000000")
+    second = {folder_of(tmp_path, "a2", A1, libs, src): RECIPE, folder_of(tmp_path, "k2", KERNEL_AGAIN): flavour}
+    publish(second, target, store, toolbox, key())
+    tool, kernel = events.texts("warn")
+    assert tool.startswith("hosts that have ipvsadm-1.31-1.bbbbbbbb will not take ipvsadm-1.31-1.aaaaaaaa by dnf up")
+    assert tool.endswith(f"Raise release in {RECIPE} and build again; or, on hosts: dnf distro-sync ipvsadm")
+    assert kernel.startswith("hosts that have kernel-lvs-6.12.9-1.bbbbbbbb will not take kernel-lvs-6.12.9-1.aaaaaaaa")
+    assert f"Raise release in {flavour} and build again; or, on hosts: dnf distro-sync kernel-lvs, then" in kernel
+    assert "boot menu" in kernel
+    kinds = [kind for kind, *_ in events.events]
+    assert kinds.index("warn") > max(i for i, kind in enumerate(kinds) if kind == "end"), "it is the last that is read"
+    assert state(target)["x86_64"] == [A1, libs, KERNEL_AGAIN]
+
+
+def test_releases_that_are_equal_to_rpm_are_warned_of(
+    tmp_path: Path, published: Path, store: Store, events: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As 0a0 and 00a: to dnf the new one is installed already."""
+    monkeypatch.setattr(rpm, "compare", lambda _sandbox, pairs: [0 for _ in pairs])
+    publish({folder_of(tmp_path, "again", A1_AGAIN): RECIPE}, published, store, toolbox, key())
+    assert len(events.texts("warn")) == 1
+
+
 def test_nothing_new_is_no_work(tmp_path: Path, published: Path, store: Store, events: Recorder) -> None:
     before = published.stat().st_ino
     events.events.clear()
-    assert publish([tmp_path / "first"], published, store, toolbox, key()) == []
+    assert publish({tmp_path / "first": RECIPE}, published, store, toolbox, key()) == []
     assert published.stat().st_ino == before
     assert events.events == []
 
 
 def test_another_key_writes_the_metadata_anew(tmp_path: Path, published: Path, store: Store) -> None:
-    publish([tmp_path / "first"], published, store, toolbox, key("other"))
+    publish({tmp_path / "first": RECIPE}, published, store, toolbox, key("other"))
     assert (published / KEY_FILE).read_text() == "public half of other\n"
 
 
 def test_a_package_that_was_signed_anew_is_published_anew(tmp_path: Path, published: Path, store: Store) -> None:
     """Another key signs the same build: same name, other bytes."""
     again = folder_of(tmp_path, "again", A1, SRC)
-    publish([again], published, store, toolbox, key("other"))
+    publish({again: RECIPE}, published, store, toolbox, key("other"))
     assert (published / "x86_64" / A1).read_text() == f"again: {A1}"
 
 
@@ -187,23 +234,23 @@ def test_a_crash_between_the_renames_loses_nothing(
 
     with monkeypatch.context() as patched, pytest.raises(Crash):
         patched.setattr(Path, "rename", cut_short)
-        publish([second], published, store, toolbox, key())
+        publish({second: RECIPE}, published, store, toolbox, key())
     assert published.exists() is (cut == 1)
-    assert publish([second], published, store, toolbox, key()) == [A2]
+    assert publish({second: RECIPE}, published, store, toolbox, key()) == [A2]
     assert state(published) == {"x86_64": [A1, A2], "source": [SRC]}
     assert [p.name for p in published.parent.iterdir()] == ["repository"]
 
 
 def test_a_failure_while_indexing_leaves_the_old_state(tmp_path: Path, published: Path, store: Store) -> None:
     class Broken(FakeSandbox):
-        def run(self, _command: Sequence[str], *, binds: Mapping[Path, str], **_rest: Any) -> None:
+        def run(self, command: Sequence[str], *, binds: Mapping[Path, str] | None = None, **_rest: Any) -> Result:
             raise BuildError("createrepo_c failed", "read the log")
 
     second = folder_of(tmp_path, "second", A2)
     with pytest.raises(BuildError, match="createrepo_c failed"):
-        publish([second], published, store, lambda: cast(Sandbox, Broken()), key())
+        publish({second: RECIPE}, published, store, lambda: cast(Sandbox, Broken()), key())
     assert state(published) == {"x86_64": [A1], "source": [SRC]}
-    assert publish([second], published, store, toolbox, key()) == [A2]
+    assert publish({second: RECIPE}, published, store, toolbox, key()) == [A2]
 
 
 # --- the snapshot for an image
