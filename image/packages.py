@@ -263,24 +263,8 @@ def verify(sandbox: Sandbox, repository: Path, files: Sequence[str]) -> None:
     Raises:
         BuildError: packages were changed, are not signed, or are signed by another key.
     """
-    script = (
-        "set -eu; mkdir /tmp/db\n"
-        f"rpmkeys --dbpath /tmp/db --import {_REPOSITORY}/{KEY_FILE}\n"
-        f"cd {_REPOSITORY}\n"
-        'rpmkeys --dbpath /tmp/db --define "_pkgverify_level all" --checksig -- "$@" || :\n'
-    )
-    argv = ["sh", "-c", script, "verify", *files]
-    result = sandbox.run(argv, ro_binds={repository: _REPOSITORY}, what="checking the packages' signatures")
-    good = {line.split(":")[0] for line in result.stdout.splitlines() if line.endswith(": digests signatures OK")}
-    bad = [name for name in files if name not in good]
-    if bad:
-        said = [*result.stdout.splitlines(), *result.stderr.splitlines()]
-        details = [line for line in said if any(name in line for name in bad)]
-        raise BuildError(
-            f"refused: {', '.join(bad)}: changed after it was signed, not signed, or signed by another key",
-            f"remove {repository} and build the packages again: invoke build-repository",
-            details or said,
-        )
+    hint = f"remove {repository} and build the packages again: invoke build-repository"
+    rpm.verify(sandbox, repository / KEY_FILE, repository, files, hint)
 
 
 def refusal(text: str) -> str:

@@ -94,6 +94,9 @@ def publish(
     Returns:
         The names of the packages that were not there before.
 
+    Raises:
+        BuildError: the key is another one than before, and a package that stays is not signed by the one before.
+
     The new state is made beside and put in place by renaming; a crash leaves the old or the new one.
     """
     with where.lock("publish"):
@@ -124,9 +127,14 @@ def publish(
                 for name, path in coming.items():
                     # copies, no hard links: what a user does to out/ must not reach the store
                     shutil.copyfile(path, folder / name)
-                for name, path in present.items():
-                    if name not in coming:
-                        link_or_copy(path, folder / name)
+                staying = {name: path for name, path in present.items() if name not in coming}
+                if staying and known and known != public:
+                    # To leave the old key beside the new one would be no way to get rid of a key that leaked.
+                    sign_anew(toolbox(), key, target / KEY_FILE, staying, beside / "signed")
+                    staying = {name: beside / "signed" / name for name in staying}
+                for name, path in staying.items():
+                    link_or_copy(path, folder / name)
+                store.remove_tree(beside / "signed")
                 index(toolbox(), key, folder)
             (beside / KEY_FILE).write_text(public, encoding="ascii")
             (beside / "lvsforge.repo").write_text(client_configuration(), encoding="ascii")
@@ -137,6 +145,27 @@ def publish(
             store.remove_tree(old)
         warn_of_downgrades(toolbox, replaced, recipes)
     return added
+
+
+def sign_anew(sandbox: Sandbox, key: SigningKey, before: Path, packages: Mapping[str, Path], folder: Path) -> None:
+    """Sign copies of published packages with another key, so that hosts which know only this one can go back to them.
+
+    Args:
+        sandbox: has rpmsign and gpg.
+        key: signs.
+        before: the public key by which the packages must be signed now.
+        packages: names and files, all in one folder.
+        folder: takes the copies; made here.
+
+    Raises:
+        BuildError: a package is not as it was signed, or signed by another key.
+    """
+    places = list(packages.values())
+    rpm.verify(sandbox, before, places[0].parent, list(packages), f"cd {places[0].parent}, and rm what is named above")
+    folder.mkdir()
+    for name, path in packages.items():
+        shutil.copyfile(path, folder / name)
+    rpm.sign(sandbox, key, folder)
 
 
 def warn_of_downgrades(

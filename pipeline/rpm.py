@@ -173,6 +173,42 @@ def sign(sandbox: Sandbox, key: SigningKey, folder: Path) -> None:
         )
 
 
+def verify(sandbox: Sandbox, public: Path, folder: Path, files: Sequence[str], hint: str) -> None:
+    """Check digests and signatures of packages against nothing but one public key, naming every bad one.
+
+    Args:
+        sandbox: a root with rpm.
+        public: the armoured key.
+        folder: where the packages are.
+        files: their names.
+        hint: for the error.
+
+    Raises:
+        BuildError: packages were changed, are not signed, or are signed by another key.
+    """
+    script = (
+        "set -eu; mkdir /tmp/db\n"
+        "rpmkeys --dbpath /tmp/db --import /build/key.asc\n"
+        'rpmkeys --dbpath /tmp/db --define "_pkgverify_level all" --checksig -- "$@" || :\n'
+    )
+    result = sandbox.run(
+        ["sh", "-c", script, "verify", *files],
+        ro_binds={folder: "/build/packages", public: "/build/key.asc"},
+        cwd="/build/packages",
+        what="checking the packages' signatures",
+    )
+    good = {line.split(":")[0] for line in result.stdout.splitlines() if line.endswith(": digests signatures OK")}
+    bad = [name for name in files if name not in good]
+    if bad:
+        said = [*result.stdout.splitlines(), *result.stderr.splitlines()]
+        details = [line for line in said if any(name in line for name in bad)]
+        raise BuildError(
+            f"refused: {', '.join(bad)}: changed after it was signed, not signed, or signed by another key",
+            hint,
+            details or said,
+        )
+
+
 def link_or_copy(source: str | Path, target: str | Path) -> None:
     """A hard link where both are on one file system, else a copy."""
     try:

@@ -403,6 +403,20 @@ def test_a_rebuild_of_the_same_release_is_taken_or_warned_of(
         assert (root / "usr/share/toy/toy").read_text() == f"{key8}\n"
 
 
+def test_older_versions_stay_installable_after_a_change_of_the_key(
+    toolbox: Sandbox, keys: dict[str, SigningKey], copy: Path, tmp_path: Path
+) -> None:
+    """A host that was set up afterwards knows the new key and no other."""
+    build(toolbox, tmp_path / "next", version="1.1")
+    rpm.sign(toolbox, keys["theirs"], tmp_path / "next")
+    store = Store(tmp_path / "store")
+    repository.publish({tmp_path / "next": RECIPE}, copy, store, lambda: toolbox, keys["theirs"])
+    assert (copy / KEY_FILE).read_text() == keys["theirs"].public(toolbox)
+    status, text, root = install(toolbox, copy, tmp_path, f"install {NAME.removesuffix('.noarch.rpm')}")
+    assert status == 0, text
+    assert installed(root)
+
+
 def test_releases_are_ordered_as_rpm_orders_them(toolbox: Sandbox) -> None:
     pairs = [("1.9a000000", "1.10a00000"), ("1.0a000000", "1.00a00000"), ("1.b0000000", "1.a0000000")]
     assert rpm.compare(toolbox, pairs) == [-1, 0, 1]

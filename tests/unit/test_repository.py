@@ -206,6 +206,54 @@ def test_another_key_writes_the_metadata_anew(tmp_path: Path, published: Path, s
     assert (published / KEY_FILE).read_text() == "public half of other\n"
 
 
+@pytest.fixture
+def signing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signed is what its last line says; a package of `folder_of` is as if the first key had signed it."""
+
+    def sign(_sandbox: Sandbox, by: SigningKey, folder: Path) -> None:
+        for package in folder.glob("*.rpm"):
+            package.write_text(f"{package.read_text()}\n{by.public(_sandbox)}")
+
+    def verify(_sandbox: Sandbox, public: Path, folder: Path, files: Sequence[str], hint: str) -> None:
+        signatures = {name: (folder / name).read_text().splitlines(keepends=True)[1:] for name in files}
+        if bad := [name for name, lines in signatures.items() if (lines or [FIRST])[-1] != public.read_text()]:
+            raise BuildError(f"refused: {bad}", hint)
+
+    monkeypatch.setattr(rpm, "sign", sign)
+    monkeypatch.setattr(rpm, "verify", verify)
+
+
+FIRST = "public half of key\n"
+
+
+@pytest.mark.usefixtures("signing")
+def test_after_a_change_of_the_key_what_stays_is_signed_by_the_new_one(
+    tmp_path: Path, published: Path, store: Store
+) -> None:
+    """And only that: what comes is signed by it already, and without a change nothing is."""
+    next_one, last = (folder_of(tmp_path, name, package) for name, package in (("next", A_NEXT), ("last", A2)))
+    publish({next_one: RECIPE}, published, store, toolbox, key("other"))
+    texts = {path.name: path.read_text().splitlines()[1:] for path in published.glob("*/*.rpm")}
+    assert texts == {A1: ["public half of other"], SRC: ["public half of other"], A_NEXT: []}
+    assert state(published) == {"x86_64": [A1, A_NEXT], "source": [SRC]}
+    assert sorted(p.name for p in published.iterdir()) == [KEY_FILE, "lvsforge.repo", "source", "x86_64"]
+    publish({last: RECIPE}, published, store, toolbox, key("other"))
+    assert (published / "x86_64" / A1).read_text().splitlines()[1:] == ["public half of other"]
+
+
+@pytest.mark.usefixtures("signing")
+def test_what_the_key_before_did_not_sign_is_not_signed_by_the_new_one(
+    tmp_path: Path, published: Path, store: Store
+) -> None:
+    stranger = published / "x86_64" / A1
+    stranger.write_text("a package\npublic half of somebody\n")
+    with pytest.raises(BuildError, match="refused") as caught:
+        publish({folder_of(tmp_path, "next", A_NEXT): RECIPE}, published, store, toolbox, key("other"))
+    assert str(stranger.parent) in caught.value.hint
+    assert state(published)["x86_64"] == [A1]
+    assert (published / KEY_FILE).read_text() == FIRST
+
+
 def test_a_package_that_was_signed_anew_is_published_anew(tmp_path: Path, published: Path, store: Store) -> None:
     """Another key signs the same build: same name, other bytes."""
     again = folder_of(tmp_path, "again", A1, SRC)
