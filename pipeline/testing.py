@@ -41,7 +41,8 @@ def run_all(expression: str, *, fast: bool, build: Callable[[], object]) -> None
     """
     chosen = ["-k", expression] if expression else []
     with progress.step("tests that need nothing built"):
-        _run_part("not build", chosen, may_be_empty=bool(expression) and not fast)
+        # As many at once as there are processors. Not so below: there each test has machines, which use them all.
+        _run_part("not build", [*chosen, "-n", "auto"], may_be_empty=bool(expression) and not fast)
     if fast:
         return
     build()
