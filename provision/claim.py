@@ -25,6 +25,7 @@ UNIT = "lvs-rollback"  # the timer by which a host goes back by itself, and its 
 _PLACE = "/var/lib/lvs"
 _FILE = f"{_PLACE}/apply.claim"
 _LOST = 75  # sysexits.h: try again later
+_UNWRITTEN = 74  # sysexits.h: an error of the disk
 _LOCK_SECONDS = 60
 _LOCK = f"""
 (umask 022; mkdir -p {_PLACE})
@@ -166,7 +167,12 @@ def extended(seconds: int) -> str:
 def _take(
     remote: Remote, owner: Owner, seconds: int, old: str | None = None, rollback: str = ""
 ) -> dict[str, str] | None:
-    """Take a host that is free, or the one of the run `old`; else say what is there."""
+    """Take a host that is free, or the one of the run `old`; else say what is there.
+
+    Raises:
+        BuildError: the host cannot be asked, or its disk is full.
+    """
+    what = "looking whose it is"
     free = f"[ ! -e {_FILE} ] && [ $timer$back = nono ]"
     if old is not None:
         was = f'[ "$(sed -n s/^run=//p {_FILE} 2>/dev/null || :)" = {shlex.quote(old)} ] && [ $back = no ]'
@@ -177,13 +183,21 @@ def _take(
 {_LOOK}
 if {free}; then
     {undo}
-    printf %s {shlex.quote(owner.lines)} >{_FILE}.new
+    # cat names the reason, which no shell's own printf does.
+    printf %s {shlex.quote(owner.lines)} | cat >{_FILE}.new || {{ rm -f {_FILE}.new; exit {_UNWRITTEN}; }}
     touch -d '{seconds} seconds' {_FILE}.new
     mv {_FILE}.new {_FILE}
     echo taken=yes
 fi""",
-        what="looking whose it is",
+        check=False,
+        what=what,
     )
+    if answer.status == _UNWRITTEN:
+        raise BuildError(
+            f"{remote.name}:{_FILE} could not be written: {answer.stderr.strip()}",
+            f"ssh root@{remote.name} df -h {_PLACE}",
+        )
+    judged(remote.name, answer, what)
     found = dict(line.split("=", 1) for line in answer.stdout.splitlines() if "=" in line)
     return None if "taken" in found else found
 

@@ -106,6 +106,17 @@ def test_a_second_run_leaves_a_host_alone(host: Folder, monkeypatch: pytest.Monk
         pass
 
 
+def test_a_full_disk_is_said_and_leaves_nothing(host: Folder) -> None:
+    written = host.place / "lvs/apply.claim.new"
+    written.parent.mkdir()
+    written.symlink_to("/dev/full")
+    unwritten = r"^lvs-1:/var/lib/lvs/apply.claim could not be written: .*No space left"
+    with pytest.raises(BuildError, match=unwritten) as caught, have(host):
+        pytest.fail("nobody has it")
+    assert caught.value.hint == "ssh root@lvs-1 df -h /var/lib/lvs"
+    assert [path.name for path in written.parent.iterdir()] == ["apply.lock"]
+
+
 def test_who_was_taken_over_neither_finishes_nor_goes_back(host: Folder) -> None:
     with have(host) as first:
         host.timer.touch()
