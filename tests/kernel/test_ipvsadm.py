@@ -224,6 +224,14 @@ def test_every_kind_of_rule_comes_back(host: Namespace) -> None:
     assert host.run("ipvsadm-save", "-n").out == first
 
 
+@pytest.mark.parametrize("scheduler", ["sh", "mh"])
+def test_a_flag_without_a_name_comes_back(host: Namespace, scheduler: str) -> None:
+    rule = f"-A -t 192.0.2.1:80 -s {scheduler} -b {scheduler}-fallback,flag-3 -V 90"
+    host.guest.run("modprobe", f"ip_vs_{scheduler}")
+    taken(host, rule)
+    assert saved(host) == f"{rule}\n"
+
+
 def test_the_unit_loads_saves_and_clears_rules(host: Namespace) -> None:
     unit, file = "/usr/libexec/ipvsadm/ipvsadm-rules", "/etc/sysconfig/ipvsadm"
     rules = (
@@ -235,6 +243,16 @@ def test_the_unit_loads_saves_and_clears_rules(host: Namespace) -> None:
     taken(host, "-P -t 192.0.2.1:80 -z 10.0.0.6")
     host.run(unit, "save")
     assert host.read(file) == f"{rules}-P -t 192.0.2.1:80 -z 10.0.0.6\n"
+    # a reload is the file, or else what was there
+    host.guest.write(file, rules)
+    host.run(unit, "reload")
+    assert saved(host) == rules
+    host.guest.write(file, f"-A -t 192.0.2.9:80 -s rr\n{rules}-A -t 192.0.2.1:80 -s rr\n")
+    done = host.run(unit, "reload", check=False)
+    assert done.status != 0
+    assert done.err.splitlines()[0].startswith("line 5: "), done.err
+    assert done.err.splitlines()[-1] == f"{file} is not loaded: the rules of before stay"
+    assert saved(host) == rules
     host.run(unit, "stop")
     assert saved(host) == ""
 
