@@ -135,6 +135,19 @@ def test_a_unit_waits_for_its_configuration(name: str, file: str) -> None:
     assert not DEBIAN_ONLY.search(path.read_text(encoding="utf-8"))
 
 
+def test_what_comes_before_the_network_waits_for_nothing_that_may_come_after_it() -> None:
+    """A distribution's cloud-init puts sysinit.target after the network: with default dependencies it is a cycle."""
+    parts = {f"{name}/{file}": unit(build.ROOM / name / file)["Unit"] for name, file in UNITS}
+    early = {path: part for path, part in parts.items() if "network-pre.target" in part.get("Before", "").split()}
+    assert "toa-bpf/toa-bpf.service" in early
+    for path, part in early.items():
+        assert part.get("DefaultDependencies") == "no", path
+        # What the default would have said besides.
+        assert part["Conflicts"] == "shutdown.target" and "shutdown.target" in part["Before"].split(), path
+        late = {"local-fs.target", "sysinit.target", "basic.target", "network.target", "cloud-init.service"}
+        assert not late & set(part["After"].split()), path
+
+
 def test_keepalived_reloads_by_signal_and_says_when_it_is_ready() -> None:
     service = unit(build.ROOM / "keepalived" / "keepalived.service")["Service"]
     assert service["Type"] == "notify"
