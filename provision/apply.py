@@ -21,7 +21,7 @@ from pipeline import progress, run
 from pipeline.errors import BuildError
 from provision import claim, ipvs, local_addresses, secret, vrrp
 from provision.host import File, Host
-from provision.model import Cluster, Director
+from provision.model import TOA_BPF_LOADED, Cluster, Director
 from provision.remote import SCRIPT_SECONDS, Opener, Remote, command
 from provision.render import NETWORK, Renderer
 
@@ -502,7 +502,7 @@ _ACT: Mapping[str, str] = {
     "keepalived": "systemctl reload-or-restart keepalived\n",
     # Adds local addresses that are new, removes those that are gone.
     "rc-local": "systemctl restart rc-local\n",
-    "toa-bpf": "! systemctl is-active --quiet toa-bpf || systemctl reload toa-bpf\n",
+    "toa-bpf": f"! {TOA_BPF_LOADED} || toa-bpf load\n",
     **{
         daemon: f"[ -e /etc/quagga/{daemon}.conf ] && verb=restart || verb=stop\nsystemctl $verb {daemon}\n"
         for daemon in ROUTING

@@ -24,6 +24,10 @@ MODE_SYSCTL: Mapping[str, Mapping[str, str]] = {
     "vrrp": {"net.core.netdev_max_backlog": "500000"},
 }
 
+# Whether the programs of toa-bpf are loaded, for root's shell: of the links that there always are, the last to be made.
+# The unit does not know: stopping it leaves them in place, and `toa-bpf unload` leaves it active.
+TOA_BPF_LOADED = "[ -e /sys/fs/bpf/toa/link_toa_sockops ]"
+
 
 # --- hosts
 

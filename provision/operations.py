@@ -26,7 +26,7 @@ from pipeline.errors import BuildError
 from provision import cluster as clusters
 from provision import ipvs
 from provision.host import Address, Host
-from provision.model import Cluster, Director, Service
+from provision.model import TOA_BPF_LOADED, Cluster, Director, Service
 from provision.remote import Opener
 
 # How people indent lists: mapping, sequence, offset of the dash. The first that gives a file back unchanged is taken.
@@ -462,7 +462,7 @@ def answers(cluster: Cluster, service: str, address: str, port: int, connect: Op
 
 
 def has_toa(cluster: Cluster, address: str, connect: Opener) -> None:
-    """4.1: the new real server shows clients' addresses: the module toa is loaded there, or toa-bpf runs.
+    """4.1: the new real server shows clients' addresses: the module toa is loaded there, or toa-bpf.
 
     Raises:
         BuildError: it is not so, or the host cannot be asked.
@@ -471,7 +471,7 @@ def has_toa(cluster: Cluster, address: str, connect: Opener) -> None:
     known = next((host for host in cluster.real_servers if wanted in host.own_addresses), None)
     host: Host = known or Director(name=str(wanted), ssh=(str(wanted), 0), mode="ospf", slot=0, uplink="", downlink="")
     with connect(host) as remote:
-        asked = remote.run("[ -e /proc/net/toa_stats ] || systemctl is-active --quiet toa-bpf", check=False)
+        asked = remote.run(f"[ -e /proc/net/toa_stats ] || {TOA_BPF_LOADED}", check=False)
     if asked.status != 0:
         raise BuildError(
             f"{host.name} has no toa: programs there would see local addresses", f"on {address}: modprobe toa"

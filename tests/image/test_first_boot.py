@@ -220,9 +220,9 @@ BREAKS = [
         ),
         Break(
             "toa is there",
-            "neither the module toa is loaded nor toa-bpf runs",
-            "systemctl stop toa-bpf 2>/dev/null; ! grep -q '^toa ' /proc/modules || rmmod toa",
-            "if modinfo toa >/dev/null 2>&1; then modprobe toa; else systemctl start toa-bpf; fi",
+            "neither the module toa nor toa-bpf is loaded",
+            "toa-bpf unload 2>/dev/null; ! grep -q '^toa ' /proc/modules || rmmod toa",
+            "if modinfo toa >/dev/null 2>&1; then modprobe toa; else toa-bpf load; fi",
             where=REAL,
             host=REAL,
         ),

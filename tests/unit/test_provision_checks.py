@@ -32,7 +32,7 @@ from provision.checks import test_low as low
 from provision.checks.conftest import bound
 from provision.checks.conftest import changing as changing  # the fixture
 from provision.checks.conftest import down as down  # the fixture
-from provision.model import Cluster, Director
+from provision.model import TOA_BPF_LOADED, Cluster, Director
 from tests.unit.clusters import OSPF, VRRP
 
 # The subjects of these tests are tests themselves: imported by module, so that pytest does not take them for its own.
@@ -594,7 +594,7 @@ def test_real_servers_answer(tmp_path: Path) -> None:
 
 def test_toa(cluster: Cluster) -> None:
     high.test_toa_is_there(asker(toa="yes"))
-    with complaint("neither the module toa is loaded nor toa-bpf runs"):
+    with complaint("neither the module toa nor toa-bpf is loaded"):
         high.test_toa_is_there(asker(toa=""))
     (realserver,) = cluster.real_servers
     high.test_toa_believes_the_directors(lambda _: ",".join(realserver.trusted), realserver)
@@ -603,6 +603,37 @@ def test_toa(cluster: Cluster) -> None:
     high.test_toa_believes_the_directors(lambda _: ",".join(shown), realserver)  # as the module has it
     with complaint("toa believes ['10.0.0.0/8'], not ['192.168.100.1/32'"):
         high.test_toa_believes_the_directors(lambda _: "10.0.0.0/8", realserver)
+
+
+@pytest.mark.runs("sh")
+def test_the_unit_and_the_file_of_toa_bpf_say_nothing_of_its_programs(cluster: Cluster, tmp_path: Path) -> None:
+    real = shell(tmp_path, sysctl="exit 1", systemctl="exit 0")
+
+    def ask(command: str) -> str:
+        for path in ("/proc/net", "/sys/fs/bpf", "/etc"):
+            command = command.replace(f"{path}/toa", f"{tmp_path}{path}/toa")
+        return real(command)
+
+    (realserver,) = cluster.real_servers
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/toa-bpf.conf").write_text(f"# whom\ntrusted = {', '.join(realserver.trusted)}\n")
+    with complaint("neither the module toa nor toa-bpf is loaded"):
+        high.test_toa_is_there(ask)
+    with complaint("toa believes [], not ['192.168.100.1/32'"):
+        high.test_toa_believes_the_directors(ask, realserver)
+    (tmp_path / "sys/fs/bpf/toa").mkdir(parents=True)
+    (tmp_path / "sys/fs/bpf/toa/link_toa_sockops").touch()
+    high.test_toa_is_there(ask)
+    high.test_toa_believes_the_directors(ask, realserver)
+
+
+def test_the_link_that_says_so_is_made_last() -> None:
+    """By the program, of those that are there whatever its configuration says."""
+    text = (Path(__file__).parents[2] / "tools/toa-bpf/toa-bpf.c").read_text(encoding="utf-8")
+    names = dict(re.findall(r'^#define (BPFFS|PINS) .*?"(.*)"$', text, re.M))
+    (link,) = re.findall(r'PINS "(/.+)%s"', text)
+    *_, last = re.findall(r"err = attach\(programs->progs\.(\w+)", text)
+    assert f"[ -e {names['BPFFS']}{names['PINS']}{link}{last} ]" == TOA_BPF_LOADED
 
 
 def test_addresses_are_read() -> None:
