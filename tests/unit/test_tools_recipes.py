@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from pipeline import patches, recipe
+from pipeline import patches, recipe, run
 from pipeline.debroot import SCHEMA as ROOT_SCHEMA
 from pipeline.debroot import Root
 from pipeline.errors import BuildError
@@ -120,6 +120,21 @@ def test_nothing_starts_by_itself(name: str) -> None:
     ]
     assert sorted(lines) == sorted(f"disable {name}" for name in tool.units)
     assert set(tool.units) == {file for file in tool.files if file.endswith(".service")}
+
+
+@pytest.mark.runs("sh")
+@pytest.mark.parametrize(("left", "calls"), [(0, "unload\n"), (1, "")], ids=["removed", "upgraded"])
+@pytest.mark.parametrize("status", [0, 1])
+def test_programs_leave_the_kernel_with_their_package(tmp_path: Path, left: int, calls: str, status: int) -> None:
+    """Not in an upgrade, which would lose the clients that are known; a failure does not keep the package."""
+    program = tmp_path / "toa-bpf"
+    program.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/calls\nexit {status}\n', encoding="utf-8")
+    program.chmod(0o755)
+    (tmp_path / "calls").touch()
+    script = section(rendered("toa-bpf"), "preun").replace("%{_sbindir}", str(tmp_path))
+    # With -e each command counts, wherever it stands; with this PATH no systemctl of this machine is asked.
+    run.run(["/bin/sh", "-ec", script, "preun", str(left)], env={"PATH": str(tmp_path)})
+    assert (tmp_path / "calls").read_text(encoding="utf-8") == calls
 
 
 UNITS = [(name, file) for name in TOOLS for file in build.read(name).units]
