@@ -26,7 +26,6 @@ from pipeline.errors import BuildError
 from provision import apply as applying
 from provision import checking, ipvs
 from provision import cluster as clusters
-from provision import inventory as inventories
 from provision.checks import test_high as high
 from provision.checks import test_low as low
 from provision.checks.conftest import bound
@@ -749,30 +748,3 @@ def test_the_report_by_host() -> None:
         "lvs-2: 1 failed",
         "  ✗ vips are on lo  not on lo: 203.0.113.1/32",
     ]
-
-
-def test_ssh_knows_the_hosts_by_their_names(tmp_path: Path) -> None:
-    base = {**OSPF, "directors": [{**OSPF["directors"][0], "ssh": "[2001:db8::4]:2222"}, OSPF["directors"][1]]}
-    text = checking.ssh_config(load(tmp_path, base).directors, None)
-    assert text.startswith("Host lvs-1\n    User root\n    BatchMode yes\n    HostName 2001:db8::4\n    Port 2222\n")
-    assert "Host lvs-2\n    User root\n    BatchMode yes\n    ConnectTimeout 20\nHost *\n" in text
-    assert text.endswith("Host *\n    Include ~/.ssh/config\n    Include /etc/ssh/ssh_config\n")
-
-
-def test_the_inventory(cluster: Cluster) -> None:
-    """Ansible reads hosts of a file as mappings; the lists of its scripts' answers it refuses there."""
-    groups = json.loads(inventories.inventory(cluster, Path("/out/hosts")))["all"]["children"]
-    assert {name: list(group["hosts"]) for name, group in groups.items()} == {
-        "directors": ["lvs-1", "lvs-2"],
-        "realservers": ["rs-1"],
-    }
-    assert groups["directors"]["vars"] == {"lvs_mode": "ospf"}
-    assert groups["directors"]["hosts"]["lvs-2"] == {
-        "ansible_host": "lvs-2",
-        "ansible_user": "root",
-        "lvs_role": "director",
-        "lvs_rootfs": "/out/hosts/lvs-2/rootfs",
-        "lvs_uplink": "eth0",
-        "lvs_downlink": "eth1",
-        "lvs_local_addresses": [str(address) for address in cluster.directors[1].all_local_addresses],
-    }
