@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,19 @@ class Cluster:
             hint=f"invoke lab-ssh {name} -- ipvsadm -Ln",
             tail_of=lambda: left,
         )
+
+    def evidence(self, requests: Sequence[Request]) -> str:
+        """For the message of a failure: the slow requests, and what the directors have counted and their daemons said.
+
+        Read at once: a later story gives directors another disk.
+        """
+        parts = [f"{each.begun:.2f} +{each.took:.2f} {each.target} {each.error}" for each in requests if each.took > 1]
+        for name in self.directors:
+            wanted = "grep -E 'Keepalived|ospf|zebra' /var/log/messages | tail -n 60"
+            counted = "awk '$2 + $3' /proc/net/ip_vs_ext_stats"
+            now = f"{name}, at {time.monotonic():.2f}:"
+            parts += [now, self.lab.ask(name, f"date; {counted}; {wanted}", check=False)]
+        return "\n".join(parts)
 
     # --- who is who
 

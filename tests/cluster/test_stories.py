@@ -280,7 +280,8 @@ def _judge(
     bad = failed(requests)
     assert not [each for each in bad if each.ended < begun], "before it happened"
     late = [each for each in bad if each.begun > end]
-    assert not late, f"{event}: {len(late)} of {len(bad)} failures began later than {end - begun:.1f} s: {late[:3]}"
+    what = f"{event}: {len(late)} of {len(bad)} failures began later than {end - begun:.1f} s"
+    assert not late, f"{what}: {late[:3]}\n{cluster.evidence(requests)}"
     return requests
 
 
@@ -418,7 +419,8 @@ def _recovers(
     also = f"{len(since)} failed on the way back, {moved(cluster)} may"
     cluster.note("5 failures", event, requests, allowed(cluster, limit), also)
     late = [each for each in bad if each.begun < back] + not_moved(since, [returned], moved(cluster))
-    assert not late, f"{event}: {len(late)} began more than {limit:g} s after it, and no path moved: {late[:3]}"
+    what = f"{event}: {len(late)} began more than {limit:g} s after it, and no path moved"
+    assert not late, f"{what}: {late[:3]}\n{cluster.evidence(requests)}"
 
 
 def _quiet(clients: Traffic, begun: float, seconds: float) -> None:
