@@ -23,6 +23,7 @@ import pytest
 import yaml
 
 from pipeline import run, settings
+from pipeline.errors import BuildError
 from provision.lab.lab import Lab, down
 from provision.lab.topology import link_local
 from tests.cluster import notes, oracle
@@ -114,9 +115,12 @@ class Cluster:
         parts = [f"{each.begun:.2f} +{each.took:.2f} {each.target} {each.error}" for each in requests if each.took > 1]
         for name in self.directors:
             wanted = "grep -E 'Keepalived|ospf|zebra' /var/log/messages | tail -n 60"
-            counted = "awk '$2 + $3' /proc/net/ip_vs_ext_stats"
-            now = f"{name}, at {time.monotonic():.2f}:"
-            parts += [now, self.lab.ask(name, f"date; {counted}; {wanted}", check=False)]
+            counted = "grep ' [1-9]' /proc/net/ip_vs_ext_stats"
+            parts.append(f"{name}, at {time.monotonic():.2f}:")
+            try:
+                parts.append(self.lab.ask(name, f"date; {counted}; {wanted}", check=False))
+            except BuildError as error:  # one that does not answer must not hide what failed
+                parts.append(str(error))
         return "\n".join(parts)
 
     # --- who is who
