@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import yaml
+
+from provision import cluster as clusters
+from provision.model import Cluster
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIDHFUBiRgJrP4XztCc+jX2nD2tZasydDolGOJRyqxxoj example"
 Change = Callable[[dict[str, Any]], Any]
+
+
+def load(tmp_path: Path, base: dict[str, Any]) -> Cluster:
+    """A cluster as it is read from a file, without its secrets."""
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(base), encoding="utf-8")
+    return clusters.load(path, secrets=False)
 
 
 def director(number: int) -> dict[str, Any]:

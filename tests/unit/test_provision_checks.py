@@ -15,24 +15,21 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import testinfra
-import yaml
 
 from pipeline import run
 from pipeline.errors import BuildError
 from provision import apply as applying
 from provision import checking, ipvs
-from provision import cluster as clusters
 from provision.checks import test_high as high
 from provision.checks import test_low as low
 from provision.checks.conftest import bound
 from provision.checks.conftest import changing as changing  # the fixture
 from provision.checks.conftest import down as down  # the fixture
 from provision.model import TOA_BPF_LOADED, Cluster, Director
-from tests.unit.clusters import OSPF, VRRP
+from tests.unit.clusters import OSPF, VRRP, load
 
 # The subjects of these tests are tests themselves: imported by module, so that pytest does not take them for its own.
 
@@ -87,12 +84,6 @@ Nov 28 05:00:01 lvs-1 Keepalived[901]: Starting Keepalived v2.3.3
 Nov 28 05:00:02 lvs-1 Keepalived_healthcheckers[902]: TCP connection to [198.51.100.1]:tcp:80 success.
 Nov 28 05:00:03 lvs-1 Keepalived_healthcheckers[902]: TCP connection to [198.51.100.2]:tcp:80 failed.
 """
-
-
-def load(tmp_path: Path, base: dict[str, Any]) -> Cluster:
-    path = tmp_path / "cluster.yaml"
-    path.write_text(yaml.safe_dump(base), encoding="utf-8")
-    return clusters.load(path, secrets=False)
 
 
 @pytest.fixture

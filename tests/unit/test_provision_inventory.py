@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from provision import checking
-from provision import cluster as clusters
 from provision.inventory import inventory
-from provision.model import Cluster
-from tests.unit.clusters import OSPF
-
-
-def load(tmp_path: Path, base: dict[str, Any]) -> Cluster:
-    path = tmp_path / "cluster.yaml"
-    path.write_text(yaml.safe_dump(base), encoding="utf-8")
-    return clusters.load(path, secrets=False)
+from tests.unit.clusters import OSPF, load
 
 
 def test_ssh_knows_the_hosts_by_their_names(tmp_path: Path) -> None:
