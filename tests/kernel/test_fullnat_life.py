@@ -56,40 +56,42 @@ def test_an_idle_connection_is_reset_at_both_ends(site: Callable[..., Site], fam
     assert (counters["rst_in_established"], counters["rst_out_established"]) == (1, 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_resets_numbers_after_much_traffic(site: Callable[..., Site], family: int) -> None:
-    """Exactly the next number of each direction, whatever was repeated or came late."""
+@pytest.fixture(params=FAMILIES)
+def talk(request: pytest.FixtureRequest, site: Callable[..., Site]) -> Conversation:
+    """Its ends are made by hand, and it expires after 3 s."""
+    family: int = request.param
     net = site(clients=0, servers=0)
     client, server = Bare(net), Bare(net, back=True)
     net.balance(family, "-b", locals_=1, options=("-V", "3"), servers=[server.address(family)])
-    talk = Conversation(client, server, family)
+    return Conversation(client, server, family)
+
+
+def _must_be_reset(talk: Conversation, to_client: int, to_server: int) -> None:
+    """Both ends hear a reset, with these sequence numbers."""
+    hears = {
+        end: bare.wire.expect(lambda p: "R" in p.flags, f"the {end}'s reset", 10)
+        for end, bare in (("client", talk.client), ("server", talk.server))
+    }
+    assert (hears["client"].ends, hears["client"].seq) == (talk.outside.back, to_client % (1 << 32))
+    assert (hears["server"].ends, hears["server"].seq) == (talk.inside, to_server % (1 << 32))
+
+
+def test_the_resets_numbers_after_much_traffic(talk: Conversation) -> None:
+    """Exactly the next number of each direction, whatever was repeated or came late."""
     talk.open(isn=0xFFFFFFA0, server_isn=0xFFFFFFB0)
     for offset, size in ((0, 100), (100, 50), (0, 100)):
         talk.to_server("PA", seq=talk.here.seq + offset, ack=talk.here.ack, data=b"c" * size)
     for offset, size in ((0, 70), (0, 70), (70, 30)):
         talk.to_client("PA", seq=talk.there.seq + offset, ack=talk.there.ack + 150, data=b"s" * size)
     talk.to_server("A", seq=talk.here.seq + 150, ack=talk.here.ack + 100)
-    to_client = talk.client.wire.expect(lambda p: "R" in p.flags, "the client's reset", 10)
-    to_server = talk.server.wire.expect(lambda p: "R" in p.flags, "the server's reset", 10)
-    assert to_client.ends == talk.outside.back
-    assert to_server.ends == talk.inside
-    assert to_client.seq == (talk.here.ack + 100) % (1 << 32)
-    assert to_server.seq == (talk.there.ack + 150) % (1 << 32)
+    _must_be_reset(talk, talk.here.ack + 100, talk.there.ack + 150)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_resets_numbers_when_the_server_had_lost_the_connection(site: Callable[..., Site], family: int) -> None:
+def test_the_resets_numbers_when_the_server_had_lost_the_connection(talk: Conversation) -> None:
     """It accepts another one from the same port; the numbers of both directions are lower than those of the first."""
-    net = site(clients=0, servers=0)
-    client, server = Bare(net), Bare(net, back=True)
-    net.balance(family, "-b", locals_=1, options=("-V", "3"), servers=[server.address(family)])
-    talk = Conversation(client, server, family)
     talk.open(isn=4_000_000, server_isn=6_000_000)
     talk.open(isn=3_000_000, server_isn=5_000_000)
-    to_client = talk.client.wire.expect(lambda p: "R" in p.flags, "the client's reset", 10)
-    to_server = talk.server.wire.expect(lambda p: "R" in p.flags, "the server's reset", 10)
-    assert (to_client.ends, to_client.seq) == (talk.outside.back, talk.here.ack)
-    assert (to_server.ends, to_server.seq) == (talk.inside, talk.there.ack % (1 << 32))
+    _must_be_reset(talk, talk.here.ack, talk.there.ack)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
