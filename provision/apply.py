@@ -352,7 +352,7 @@ def _end(remote: Remote, seconds: int, shows: str) -> None:
     if "back" in answer.stdout.split():
         raise BuildError(
             f"{remote.name} has gone back to its old files by itself, as it does after {seconds} s",
-            f"ssh root@{remote.name} journalctl -u {_UNIT}   (then the same command again)",
+            f"{remote.login} journalctl -u {_UNIT}   (then the same command again)",
             [f"or it has booted meanwhile: {shows} shows which files it has; the hosts after it were not touched"],
         )
 

@@ -106,6 +106,7 @@ class Claimed:
 
     def __init__(self, remote: Remote, owner: Owner) -> None:
         self.name = remote.name
+        self.login = remote.login
         self._remote = remote
         self._guard = f"""{_LOCK}
 grep -qxF run={owner.run} {_FILE} 2>/dev/null || {{
@@ -119,7 +120,7 @@ grep -qxF run={owner.run} {_FILE} 2>/dev/null || {{
         if answer.status == _LOST:
             said = answer.stderr.strip()
             raise BuildError(f"{self.name}: {what or 'a script'}: not done: {said}", "wait for its end") from None
-        return judged(self.name, answer, what) if check else answer
+        return judged(self, answer, what) if check else answer
 
     def put(self, data: bytes, path: str) -> None:
         self._remote.put(data, path)
@@ -195,9 +196,9 @@ fi""",
     if answer.status == _UNWRITTEN:
         raise BuildError(
             f"{remote.name}:{_FILE} could not be written: {answer.stderr.strip()}",
-            f"ssh root@{remote.name} df -h {_PLACE}",
+            f"{remote.login} df -h {_PLACE}",
         )
-    judged(remote.name, answer, what)
+    judged(remote, answer, what)
     found = dict(line.split("=", 1) for line in answer.stdout.splitlines() if "=" in line)
     return None if "taken" in found else found
 

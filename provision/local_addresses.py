@@ -151,7 +151,7 @@ def drained(remote: Remote, addresses: Iterable[str], seconds: float) -> None:
         given_up,
         deadline=_RELOAD_SECONDS,
         what=f"{remote.name}: keepalived gives up {', '.join(going)}",
-        hint=f"ssh root@{remote.name} journalctl -u keepalived   (and ipvsadm -Gn)",
+        hint=f"{remote.login} journalctl -u keepalived   (and ipvsadm -Gn)",
     )
     left: int | None = None
 

@@ -38,9 +38,15 @@ class Answer:
 
 
 class Remote(Protocol):
-    """A host that scripts can be run on."""
+    """A host that scripts can be run on.
+
+    Attributes:
+        name: its name.
+        login: the command that logs people in there, for what an error says to type next.
+    """
 
     name: str
+    login: str
 
     def run(self, script: str, *, check: bool = True, what: str = "") -> Answer:
         """Run a script of /bin/sh, which stops at its first failing command.
@@ -75,8 +81,9 @@ class _AtOnce(io.StringIO):
 class Shell:
     """A `Remote` over ssh."""
 
-    def __init__(self, name: str, connection: Any) -> None:
+    def __init__(self, name: str, login: str, connection: Any) -> None:
         self.name = name
+        self.login = login
         self._connection = connection
 
     def run(self, script: str, *, check: bool = True, what: str = "") -> Answer:
@@ -94,16 +101,16 @@ class Shell:
         except CommandTimedOut:
             raise BuildError(
                 f"{self.name}: {what or 'a script'} took longer than {SCRIPT_SECONDS} s",
-                f"ssh root@{self.name}   (and look what hangs)",
+                f"{self.login}   (and look what hangs)",
             ) from None
         except ThreadException as error:
-            raise _lost(self.name, error.exceptions[0].value) from None
+            raise _lost(self, error.exceptions[0].value) from None
         except (OSError, EOFError, paramiko.SSHException) as error:
-            raise _lost(self.name, error) from None
+            raise _lost(self, error) from None
         if result.exited == -1:  # paramiko's, where the connection ended before the script
-            raise _lost(self.name, EOFError("it broke"))
+            raise _lost(self, EOFError("it broke"))
         answer = Answer(result.exited, result.stdout, result.stderr)
-        return judged(self.name, answer, what) if check else answer
+        return judged(self, answer, what) if check else answer
 
     def put(self, data: bytes, path: str) -> None:
         try:
@@ -115,11 +122,11 @@ class Shell:
                 file.write(data)
         except (OSError, EOFError, paramiko.SSHException) as error:
             raise BuildError(
-                f"{self.name}:{path} could not be written: {error}", f"ssh root@{self.name} df -h {Path(path).parent}"
+                f"{self.name}:{path} could not be written: {error}", f"{self.login} df -h {Path(path).parent}"
             ) from None
 
 
-def judged(name: str, answer: Answer, what: str) -> Answer:
+def judged(remote: Remote, answer: Answer, what: str) -> Answer:
     """A host's answer, where it is a success.
 
     Raises:
@@ -127,8 +134,8 @@ def judged(name: str, answer: Answer, what: str) -> Answer:
     """
     if answer.status != 0:
         raise BuildError(
-            f"{name}: {what or 'a script'} failed with exit status {answer.status}",
-            f"ssh root@{name}   (and look)",
+            f"{remote.name}: {what or 'a script'} failed with exit status {answer.status}",
+            f"{remote.login}   (and look)",
             run.tail(secret.hide(answer.stderr or answer.stdout)),
         )
     return answer
@@ -151,6 +158,18 @@ def command(task: str, cluster: Path, ssh_config: Path | None) -> str:
     return shlex.join(["invoke", task, "--cluster", str(cluster), *reach])
 
 
+def login(host: Host, ssh_config: Path | None) -> str:
+    """The line that logs people in on a host, as `opener` reaches it.
+
+    Args:
+        host: which one.
+        ssh_config: as for `opener`.
+    """
+    address, port = host.ssh
+    reach = ["-F", str(ssh_config)] if ssh_config else []
+    return shlex.join(["ssh", *reach, *(["-p", str(port)] if port else []), f"root@{address}"])
+
+
 def opener(ssh_config: Path | None) -> Opener:
     """What opens connections.
 
@@ -165,15 +184,16 @@ def opener(ssh_config: Path | None) -> Opener:
         connection = Connection(
             address, user="root", port=port or None, config=config, connect_timeout=_CONNECT_SECONDS
         )
+        shell = Shell(host.name, login(host, ssh_config), connection)
         try:
             _judge_host_keys(connection, address)
             connection.open()
             _bound(connection.transport)
         except (OSError, EOFError, paramiko.SSHException, socket.gaierror) as error:
             connection.close()
-            raise _lost(host.name, error) from None
+            raise _lost(shell, error) from None
         try:
-            yield Shell(host.name, connection)
+            yield shell
         finally:
             connection.close()
 
@@ -205,8 +225,8 @@ def _judge_host_keys(connection: Any, address: str) -> None:
     progress.debug(f"{address}: host keys: {strict}")
 
 
-def _lost(name: str, error: BaseException) -> BuildError:
+def _lost(remote: Remote, error: BaseException) -> BuildError:
     said = str(error) or type(error).__name__
     if "not found in known_hosts" in said:
-        return BuildError(f"{name}: its host key is not known", f"ssh root@{name}   (and compare the key)")
-    return BuildError(f"{name}: no connection: {said}", f"ssh root@{name}   (does it answer?)")
+        return BuildError(f"{remote.name}: its host key is not known", f"{remote.login}   (and compare the key)")
+    return BuildError(f"{remote.name}: no connection: {said}", f"{remote.login}   (does it answer?)")

@@ -118,6 +118,7 @@ class LabRemote:
 
     name: str
     lab: Lab
+    login: str = "ssh"
 
     def run(self, script: str, *, check: bool = True, what: str = "") -> Answer:
         result = Sandbox(self.lab.root(self.name), writable=True).run(

@@ -666,5 +666,5 @@ def test_a_script_is_sent_at_once() -> None:
         parts.extend(iter(lambda: in_stream.read(1), ""))
         return SimpleNamespace(exited=0, stdout="", stderr="")
 
-    Shell("lvs-1", SimpleNamespace(run=take)).run(script)
+    Shell("lvs-1", "ssh", SimpleNamespace(run=take)).run(script)
     assert parts == [braced(script)]

@@ -26,7 +26,7 @@ from provision.checking import Where
 from provision.host import Host
 from provision.model import Cluster
 from provision.remote import SCRIPT_SECONDS, Answer, Remote, Shell, braced
-from tests.unit.clusters import VRRP
+from tests.unit.clusters import VRRP, load
 
 pytestmark = pytest.mark.runs("sh")
 # The units that are active are files beside it.
@@ -45,6 +45,7 @@ class Folder:
 
     place: Path
     name: str = "lvs-1"
+    login: str = "ssh -F lab/ssh_config root@lvs-1"
 
     def __post_init__(self) -> None:
         for part in ("bin", "keepalived"):
@@ -113,7 +114,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(host: Folder) -> None:
     unwritten = r"^lvs-1:/var/lib/lvs/apply.claim could not be written: .*No space left"
     with pytest.raises(BuildError, match=unwritten) as caught, have(host):
         pytest.fail("nobody has it")
-    assert caught.value.hint == "ssh root@lvs-1 df -h /var/lib/lvs"
+    assert caught.value.hint == "ssh -F lab/ssh_config root@lvs-1 df -h /var/lib/lvs"
     assert [path.name for path in written.parent.iterdir()] == ["apply.lock"]
 
 
@@ -216,7 +217,7 @@ def answering(**result: Any) -> Shell:
         assert options["timeout"] == SCRIPT_SECONDS < GATE_MOST + SCRIPT_SECONDS
         return SimpleNamespace(stdout="", stderr="", **result)
 
-    return Shell("lvs-1", SimpleNamespace(run=answer))
+    return Shell("lvs-1", "ssh root@lvs-1", SimpleNamespace(run=answer))
 
 
 def test_a_script_has_a_time_limit() -> None:
@@ -262,6 +263,23 @@ def test_a_command_to_type_next_reaches_the_same_hosts() -> None:
     file = Path("a b.yaml")
     assert remote.command("plan", file, None) == "invoke plan --cluster 'a b.yaml'"
     assert remote.command("plan", file, Path("c d")) == "invoke plan --cluster 'a b.yaml' --ssh-config 'c d'"
+
+
+@pytest.mark.parametrize(
+    ("reached", "config", "line"),
+    [
+        ({}, None, "ssh root@lvs-1"),
+        ({"ssh": "2001:db8::1"}, None, "ssh root@2001:db8::1"),
+        ({"ssh": "gate:2201"}, "my config", "ssh -F 'my config' -p 2201 root@gate"),
+    ],
+)
+def test_an_error_says_how_to_log_in_as_it_did(
+    tmp_path: Path, reached: dict[str, str], config: str | None, line: str
+) -> None:
+    data = copy.deepcopy(VRRP)
+    data["directors"][0] |= reached
+    host = load(tmp_path, data).directors[0]
+    assert remote.login(host, Path(config) if config else None) == line
 
 
 # --- two masters

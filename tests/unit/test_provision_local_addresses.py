@@ -48,6 +48,7 @@ class Kernel:
     sets: list[str]
     tables: list[str]
     name: str = "lvs-1"
+    login: str = "ssh"
     asked: list[str] = field(default_factory=list)
 
     def run(self, script: str, *, check: bool = True, what: str = "") -> Answer:
@@ -133,6 +134,7 @@ class Hosts:
 class Named:
     name: str
     hosts: Hosts
+    login: str = "ssh"
 
     def run(self, script: str, *, check: bool = True, what: str = "") -> Answer:
         assert "cat /etc/lvs/host.conf" in script and "cat /state/old/etc/lvs/host.conf" in script
