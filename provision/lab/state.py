@@ -67,7 +67,6 @@ class State:
         folder: where all of it is.
         source: the cluster file that it was made of.
         memory: of each machine, in MiB.
-        begun: when, in seconds since the epoch.
         sockets: the folder of QEMU's sockets, whose paths must be short.
         root: the root file system of what runs in namespaces.
         images: by role, the image of the machines.
@@ -79,7 +78,6 @@ class State:
     folder: Path
     source: str = ""
     memory: int = 0
-    begun: float = 0.0
     sockets: str = ""
     root: str = ""
     images: dict[str, str] = field(default_factory=dict)
@@ -110,7 +108,8 @@ class State:
         try:
             data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             data["processes"] = {name: Running(**each) for name, each in data["processes"].items()}
-            data.pop("ports", None)  # nobody reads them; labs of before have them
+            for unread in ("begun", "ports"):  # which labs of before have
+                data.pop(unread, None)
             return cls(**{**data, "folder": folder})
         except (FileNotFoundError, NotADirectoryError):
             return None

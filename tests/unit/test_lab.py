@@ -52,7 +52,7 @@ def test_one_that_only_its_parent_knows_does_not_run(word: str, monkeypatch: pyt
 
 
 def test_state_is_written_and_read(tmp_path: Path) -> None:
-    written = State(tmp_path, "cluster.yaml", 512, 1.5, "/run/s", "/root", {"director": "a"}, {"lvs-1": US}, {"r": 3})
+    written = State(tmp_path, "cluster.yaml", 512, "/run/s", "/root", {"director": "a"}, {"lvs-1": US}, {"r": 3})
     written.scale = 6.5
     written.write()
     assert State.read(tmp_path) == written
@@ -64,7 +64,7 @@ def test_a_state_of_an_older_lab_is_read(tmp_path: Path) -> None:
     State(tmp_path, "cluster.yaml", processes={"lvs-1": US}).write()
     data = json.loads((tmp_path / "state.json").read_text())
     del data["scale"]
-    data["ports"] = {"lvs-1": 4711}
+    data |= {"begun": 1.5, "ports": {"lvs-1": 4711}}
     (tmp_path / "state.json").write_text(json.dumps(data))
     found = State.read(tmp_path)
     assert found is not None and found.alive == {"lvs-1": US} and found.scale == 0
