@@ -34,4 +34,13 @@ current = Settings()
 
 def out() -> Path:
     """Where finished artefacts are laid out for the user: $LVSFORGE_OUT, else `out/` in the checkout."""
-    return Path(os.environ.get("LVSFORGE_OUT") or TOP / "out")
+    return named("LVSFORGE_OUT") or TOP / "out"
+
+
+def named(variable: str) -> Path | None:
+    """The path that a variable of the environment names, if it is set: absolute, and a ~ that no shell has read too.
+
+    What we start, as Packer, may run in a folder of its own.
+    """
+    text = os.environ.get(variable)
+    return Path(text).expanduser().absolute() if text else None

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from pipeline import progress, store
+from pipeline import progress, settings, store
 from pipeline.errors import BuildError
 from pipeline.sandbox import Sandbox
 
@@ -39,13 +39,12 @@ class SigningKey:
         Raises:
             BuildError: a variable names a file that is not there or is no secret key.
         """
-        phrase = os.environ.get(PASSPHRASE)
-        if phrase and not Path(phrase).is_file():
+        phrase = settings.named(PASSPHRASE)
+        if phrase and not phrase.is_file():
             raise BuildError(f"{PASSPHRASE}: {phrase} does not exist", f"unset {PASSPHRASE}, or correct it")
-        named = os.environ.get(VARIABLE)
-        if not named:
+        file = settings.named(VARIABLE)
+        if not file:
             return cls(default_file())
-        file = Path(named)
         if not file.is_file():
             raise BuildError(
                 f"{VARIABLE}: {file} does not exist",
@@ -56,7 +55,7 @@ class SigningKey:
                 f"{VARIABLE}: {file} is not an armoured secret key",
                 f"gpg --armor --export-secret-keys KEY > {file}",
             )
-        return cls(file, Path(phrase) if phrase else None)
+        return cls(file, phrase)
 
     @property
     def exists(self) -> bool:
@@ -112,7 +111,10 @@ class SigningKey:
                 raise BuildError("gpg exported no secret key", "the same command with --debug shows gpg's command")
             beside = self.file.with_suffix(".new")
             beside.touch(mode=0o600)
-            beside.write_text(text, encoding="ascii")
+            with beside.open("w", encoding="ascii") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())  # a power cut must leave no empty key, which would count as one
             beside.rename(self.file)
         progress.warn(f"packages are signed with a generated key; keep {self.file} safe, or set {VARIABLE}")
 

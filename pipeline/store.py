@@ -20,11 +20,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline import progress
+from pipeline import progress, settings
 from pipeline.errors import BuildError
 
 KEY_LENGTH = 16  # hex digits of the SHA-256 that name a directory: 64 bits, no accident among thousands
 _RECORD = "inputs.json"
+# Hooks and fstab split at blanks, mount's options and QEMU's at commas, overlayfs its layers at colons.
+_NOT_IN_PATHS = frozenset(" \t\n,:\\\"'")
 _NO_SPACE = os.strerror(errno.ENOSPC)
 MORE_SPACE = "invoke clean --store --keep-results 1   (or set LVSFORGE_STORE to a folder on a larger disk)"
 _NO_STAGES = frozenset({"tmp", "failed", "locks", "roots"})  # what else lies in the store; a build at work is in tmp
@@ -32,8 +34,8 @@ _NO_STAGES = frozenset({"tmp", "failed", "locks", "roots"})  # what else lies in
 
 def location() -> Path:
     """Where the store is: $LVSFORGE_STORE, else $XDG_CACHE_HOME/lvsforge, else ~/.cache/lvsforge."""
-    if explicit := os.environ.get("LVSFORGE_STORE"):
-        return Path(explicit)
+    if explicit := settings.named("LVSFORGE_STORE"):
+        return explicit
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "lvsforge"
 
@@ -101,7 +103,17 @@ class Store:
     """A directory of finished results."""
 
     def __init__(self, root: Path | None = None) -> None:
+        """Say where it is.
+
+        Raises:
+            BuildError: the path has a character that one of the tools which get it reads as the end of a path.
+        """
         self.root = root or location()
+        if bad := sorted(_NOT_IN_PATHS.intersection(str(self.root))):
+            raise BuildError(
+                f"the store's path must not have {' or '.join(map(repr, bad))} in it: {self.root}",
+                "set LVSFORGE_STORE to another folder",
+            )
 
     def path(self, stage: Stage) -> Path:
         """Where the stage's result is, or will be."""
@@ -269,8 +281,9 @@ def disk_full(where: Path, error: OSError) -> BuildError:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a tree, also one with read-only directories; nothing happens where there is none."""
-    if not path.exists() and not path.is_symlink():
+    """Delete a tree, also one with read-only directories, or a file; nothing happens where there is none."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
         return
 
     def make_writable(function: Callable[..., Any], name: str, _info: Any) -> None:

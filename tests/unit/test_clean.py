@@ -16,16 +16,25 @@ def laid_out(out: Path) -> None:
     (out / "work" / "kernel-lvs" / "mine.c").write_text("a day's work")
     (out / "repository" / "x86_64").mkdir(parents=True)
     (out / "repository" / "x86_64" / "older.rpm").write_text("a package that nobody builds any more")
-    (out / "lab").mkdir()
-    (out / "lab" / "state.json").write_text("{}")
+    for lab in ("lab", "other"):
+        (out / lab).mkdir()
+        (out / lab / "state.json").write_text("{}")
+        (out / f".{lab}.lock").touch()
+    # What an interrupted publication leaves, with the only copy of what is in it.
+    (out / ".repository.old").mkdir()
+    for file in ("cluster-stories.md", "lab.cluster.yaml.old"):
+        (out / file).write_text("a report")
+    (out / "image").symlink_to("lvs-director")
 
 
 def test_artefacts_go_and_what_a_person_uses_stays(tmp_path: Path) -> None:
     laid_out(tmp_path)
     clean.clean_out(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["lab", "repository", "work"]
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == [".lab.lock", ".other.lock", ".repository.old", "lab", "other", "repository", "work"]
     assert (tmp_path / "repository" / "x86_64" / "older.rpm").exists()
-    assert (tmp_path / "lab" / "state.json").exists()
+    for lab in ("lab", "other"):
+        assert (tmp_path / lab / "state.json").exists()
     assert (tmp_path / "work" / "kernel-lvs" / "mine.c").read_text() == "a day's work"
 
 

@@ -47,10 +47,21 @@ def test_location_by_variable_then_cache_then_home(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
     monkeypatch.setenv("HOME", "/c")
     assert store_module.location() == Path("/a")
+    monkeypatch.setenv("LVSFORGE_STORE", "b")
+    assert store_module.location() == Path.cwd() / "b"
+    monkeypatch.setenv("LVSFORGE_STORE", "~/d")
+    assert store_module.location() == Path("/c/d")
     monkeypatch.delenv("LVSFORGE_STORE")
     assert store_module.location() == Path("/b/lvsforge")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert store_module.location() == Path("/c/.cache/lvsforge")
+
+
+@pytest.mark.parametrize("name", ["big disk", "a,b", "a:b", "it's"])
+def test_a_path_that_tools_would_split_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BuildError, match="path must not have") as caught:
+        Store(tmp_path / name)
+    assert "LVSFORGE_STORE" in caught.value.hint
 
 
 # --- the key
