@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -107,7 +108,7 @@ def publish(
         recipes = {p: recipe for folder, recipe in results.items() for p in sorted(folder.glob("*.rpm"))}
         public = key.public(toolbox())
         known = (target / KEY_FILE).read_text(encoding="ascii") if (target / KEY_FILE).exists() else ""
-        added = [p.name for p in recipes if not any((target / part / p.name).exists() for part in parts)]
+        added = [p.name for p in recipes if not any(_whole(target / part / p.name, p) for part in parts)]
         if not added and known == public:
             return []
         replaced: dict[str, Path] = {}
@@ -139,12 +140,17 @@ def publish(
             (beside / KEY_FILE).write_text(public, encoding="ascii")
             (beside / "lvsforge.repo").write_text(client_configuration(), encoding="ascii")
             store.remove_tree(old)
+            os.sync()  # data before the name: a power cut must not leave empty packages where the old ones were
             with contextlib.suppress(FileNotFoundError):
                 target.rename(old)
             beside.rename(target)
             store.remove_tree(old)
         warn_of_downgrades(toolbox, replaced, recipes)
     return added
+
+
+def _whole(published: Path, package: Path) -> bool:
+    return published.exists() and published.stat().st_size == package.stat().st_size
 
 
 def sign_anew(sandbox: Sandbox, key: SigningKey, before: Path, packages: Mapping[str, Path], folder: Path) -> None:

@@ -201,6 +201,12 @@ def test_nothing_new_is_no_work(tmp_path: Path, published: Path, store: Store, e
     assert events.events == []
 
 
+def test_a_package_that_a_power_cut_emptied_is_published_anew(tmp_path: Path, published: Path, store: Store) -> None:
+    (published / "x86_64" / A1).write_bytes(b"")
+    assert publish({tmp_path / "first": RECIPE}, published, store, toolbox, key()) == [A1]
+    assert (published / "x86_64" / A1).stat().st_size == (tmp_path / "first" / A1).stat().st_size
+
+
 def test_another_key_writes_the_metadata_anew(tmp_path: Path, published: Path, store: Store) -> None:
     publish({tmp_path / "first": RECIPE}, published, store, toolbox, key("other"))
     assert (published / KEY_FILE).read_text() == "public half of other\n"
