@@ -34,6 +34,7 @@ _MODULES = {"lvs": build.IPVS, "rs": "net/toa"}
 _SELFTESTS = "tools/testing/selftests"
 _SCRIPTS = ("net/netfilter", "net/lib.sh", "net/lib", "net/toa.sh", "net/toa_peer.py", "kselftest")
 _REVISION = 1  # of the layout of a developer's folder
+_UNKNOWN = "?"  # in the place of a digest: the file may be there in part
 _SPACE = {"develop": 4.0, "unpacked": 0.5}  # GB; measured: an overlay with vmlinux and the installed modules 2.6
 
 
@@ -345,8 +346,9 @@ class Workshop:
         wanted = {name: digest(path) if path else "" for name, path in changes.files.items()}
         touched = sorted(name for name in {*laid, *wanted} if laid.get(name) != wanted.get(name))
         state["pending"] = sorted({*state["pending"], *touched})
-        state["laid"] = wanted
-        self.save(state)  # before the first file: what a killed run laid is laid again
+        # Whatever a killed run leaves of these files, the next one lays them again.
+        state["laid"] = {**laid, **dict.fromkeys(touched, _UNKNOWN)}
+        self.save(state)
         for name in touched:
             # The overlay is not mounted now, so its upper layer may be changed as any folder.
             target = self.folder / "upper" / name
@@ -360,6 +362,8 @@ class Workshop:
             elif (self.base / name).exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.mknod(target, stat.S_IFCHR, os.makedev(0, 0))  # how overlayfs says "gone"
+        state["laid"] = wanted
+        self.save(state)
         return touched
 
     def make(self, state: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -216,6 +217,29 @@ def test_what_did_not_compile_is_compiled_the_next_time(room: _Room, tree: Calla
     room.fails = False
     # Only the .c changes now, but the header's objects are still those of before.
     assert _build(room, tree(core="right\n", header="h\n")) == ALL
+
+
+@pytest.mark.parametrize("then", ["mine\n", "core\n"])
+def test_what_a_killed_run_did_not_lay_is_laid(
+    room: _Room, tree: Callable[..., develop._Changes], monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    """Also where the file is meanwhile as it was before that run."""
+    _build(room, tree())
+    upper = _workshop(room).folder / "upper"
+    copy = shutil.copyfile
+
+    def killed(source: Path, target: Path, **how: Any) -> Any:
+        if upper not in Path(target).parents:
+            return copy(source, target, **how)
+        target.write_text("half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "copyfile", killed)
+        _build(room, tree(core="mine\n"))
+    assert (upper / IPVS).read_text() == "half"
+    _build(room, tree(core=then))
+    assert (upper / IPVS).read_text() == then
 
 
 def test_kconfig_asks_for_a_new_configuration(room: _Room, tree: Callable[..., develop._Changes]) -> None:
