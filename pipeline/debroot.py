@@ -132,8 +132,8 @@ class Root:
             "--include=" + ",".join(self.recipe["packages"]),
             "--aptopt=APT::Install-Recommends false",
             # The address of this machine's mirror or proxy is no part of what we build.
-            "--customize-hook=rm -f $1/etc/apt/apt.conf.d/99mmdebstrap $1/etc/dpkg/dpkg.cfg.d/99mmdebstrap",
-            "--customize-hook=: >$1/etc/apt/sources.list",
+            '--customize-hook=cd "$1/etc" && rm -f apt/apt.conf.d/99mmdebstrap dpkg/dpkg.cfg.d/99mmdebstrap',
+            '--customize-hook=: >"$1/etc/apt/sources.list"',
         ]
         argv += [f"--aptopt={_apt_line(line)}" for line in apt.proxy_options()]
         argv += [f"--dpkgopt=path-exclude={path}" for path in self.recipe.get("exclude_paths", ())]

@@ -340,7 +340,7 @@ class Machine:
     @property
     def ssh_line(self) -> str:
         """The command that a person types to log in."""
-        return f"ssh -F {self.ssh_config} {self.name}"
+        return shlex.join(["ssh", "-F", str(self.ssh_config), self.name])
 
     @property
     def public_key(self) -> str:
@@ -629,9 +629,11 @@ def ssh_config(name: str, port: int, key: Path, control: Path) -> str:
     return (
         f"Host {name}\n"
         f"  HostName 127.0.0.1\n  Port {port}\n  User root\n"
-        f"  IdentityFile {key}\n  IdentitiesOnly yes\n  BatchMode yes\n"
+        f'  IdentityFile "{key}"\n'
+        "  IdentitiesOnly yes\n  BatchMode yes\n"
         "  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
-        f"  ControlPath {control}\n  ControlMaster no\n"
+        f'  ControlPath "{control}"\n'
+        "  ControlMaster no\n"
         "  ConnectTimeout 60\n  ServerAliveInterval 15\n  ServerAliveCountMax 8\n"
     )
 

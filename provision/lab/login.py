@@ -43,6 +43,7 @@ def ssh_config(space: Space, key: Path) -> str:
     command = shlex.join(space.argv(["sh", "-c", _SERVER])).replace("%", "%%")
     return (
         f"Host {space.name}\n  User root\n  ProxyCommand {command}\n"
-        f"  IdentityFile {key}\n  IdentitiesOnly yes\n  BatchMode yes\n"
+        f'  IdentityFile "{key}"\n'
+        "  IdentitiesOnly yes\n  BatchMode yes\n"
         "  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
     )

@@ -190,7 +190,7 @@ def test_a_namespace_is_entered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.network_argv(["curl"]) == ["nsenter", "--target", "12", "--net", "--", "curl"]
     text = login.ssh_config(made, Path("/lab/id"))
     assert text.startswith("Host client-1\n  User root\n  ProxyCommand nsenter --target 12 --net")
-    assert "exec /usr/sbin/sshd -i" in text and "IdentityFile /lab/id\n" in text
+    assert "exec /usr/sbin/sshd -i" in text and 'IdentityFile "/lab/id"\n' in text
 
 
 def test_cables() -> None:
