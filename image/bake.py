@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -303,10 +304,16 @@ def bundle_load(file: Path) -> None:
 
 
 def _adopt(fresh: Path, where: Store) -> None:
-    """Give unpacked results and package lists their names in the store; what is there already stays."""
-    for name in sorted(p for top in fresh.iterdir() for p in top.iterdir()):
-        target = where.root / name.relative_to(fresh)
-        if not target.exists():
+    """Give unpacked results and package lists their names in the store: results that it lacks, and all lists.
+
+    A list of before would have its root built for ever, of which the bundle has a newer one.
+    """
+    os.sync()  # as for what is built here: data before the name
+    for found in sorted(p for top in fresh.iterdir() for p in top.iterdir()):
+        if found.is_dir():
+            where.adopt(found, found.parent.name, found.name)
+        else:
+            target = where.root / found.relative_to(fresh)
             target.parent.mkdir(parents=True, exist_ok=True)
-            name.rename(target)
+            found.replace(target)
     store.remove_tree(fresh)

@@ -185,6 +185,15 @@ class Store:
         finally:
             remove_tree(work)
 
+    def adopt(self, result: Path, name: str, key: str) -> None:
+        """Take a finished result that another store has made, where there is none under its key."""
+        with self.lock(f"{name}-{key}"):
+            target = self.root / name / key
+            if not (target / _RECORD).exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                remove_tree(target)  # what a killed `prune` left
+                result.rename(target)
+
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Hold a named lock; a second holder waits and is told for whom. The kernel drops it when we die."""

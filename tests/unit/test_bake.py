@@ -159,3 +159,21 @@ def test_a_bundle_holds_every_root(asked: list[Root], tmp_path: Path, monkeypatc
         name.removesuffix(".tar.zst") for name in packed
     }
     assert set(packed) == {f"{root.name}.tar.zst" for root in asked}
+
+
+def test_a_bundle_brings_newer_roots(tmp_path: Path) -> None:
+    """The list of packages decides which root is used; a result without its record is what a killed prune left."""
+    where, fresh = Store(tmp_path / "store"), tmp_path / "fresh"
+    for store, what in ((where.root, "old"), (fresh, "new")):
+        for path in ("roots/root-lab-1.json", "root-lab/same/inputs.json", "root-lab/same/root", "root-lab/cut/root"):
+            (store / path).parent.mkdir(parents=True, exist_ok=True)
+            (store / path).write_text(what)
+    bake._adopt(fresh, where)
+    read = {str(p.relative_to(where.root)): p.read_text() for p in where.root.rglob("*") if p.is_file()}
+    assert {name: text for name, text in read.items() if not name.startswith("locks/")} == {
+        "roots/root-lab-1.json": "new",
+        "root-lab/same/inputs.json": "old",
+        "root-lab/same/root": "old",
+        "root-lab/cut/root": "new",
+    }
+    assert not fresh.exists()
