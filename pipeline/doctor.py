@@ -75,8 +75,9 @@ def examine(store: Store) -> Iterator[Finding]:
         MORE_SPACE,
     )
     try:
-        accelerator = vm.Accelerator.probe(store.root)
-        yield Finding(True, "accelerator", " ".join(accelerator.options))
+        accelerator = vm.Accelerator.probe(store.root, anew=True)  # who asks may just have mended it
+        slow = f"   (machines are emulated, which is slow: {accelerator.why})" if accelerator.why else ""
+        yield Finding(True, "accelerator", " ".join(accelerator.options) + slow)
     except BuildError as error:
         yield Finding(False, "accelerator", error.message, error.hint)
     key = SigningKey.find()

@@ -99,25 +99,27 @@ class Accelerator:
         return ["-accel", "kvm" if self.name == "kvm" else f"tcg,thread=multi,tb-size={self.translated}"]
 
     @staticmethod
-    def probe(cache: Path | None = None) -> Accelerator:
+    def probe(cache: Path | None = None, *, anew: bool = False) -> Accelerator:
         """Find the accelerator by starting a guest, KVM first.
 
         Args:
-            cache: a directory that remembers the answer until the machine reboots.
+            cache: a directory that remembers the answer until the machine reboots, or /dev/kvm comes or goes.
+            anew: look once more, whatever is remembered.
 
         Raises:
             BuildError: no guest runs at all; it says what each attempt answered.
         """
         note = cache / f"accelerator-of-boot-{_boot_id()}.json" if cache else None
-        if note and note.exists():
-            return Accelerator._of(**json.loads(note.read_text(encoding="utf-8")))
+        lacking = _lacking_device()
+        if note and note.exists() and not anew:
+            known = json.loads(note.read_text(encoding="utf-8"))
+            if known.pop("lacking", None) == lacking:
+                return Accelerator._of(**known)
         run.require(QEMU, "to run virtual machines", "qemu-system-x86")
         refused: list[str] = []
         answer: Accelerator | None = None
-        if not Path("/dev/kvm").exists():
-            refused.append("kvm: there is no /dev/kvm")
-        elif not os.access("/dev/kvm", os.R_OK | os.W_OK):
-            refused.append("kvm: /dev/kvm may not be opened by this user (group kvm?)")
+        if lacking:
+            refused.append(lacking)
         elif not (problem := _try("kvm", "host")):
             answer = Accelerator._of("kvm")
         else:
@@ -135,13 +137,23 @@ class Accelerator:
             note.parent.mkdir(parents=True, exist_ok=True)
             beside = note.with_suffix(f".{os.getpid()}")
             # Only what was found out: the rest is this program's, whichever version of it reads this.
-            beside.write_text(json.dumps({"name": answer.name, "why": answer.why}), encoding="utf-8")
+            found = {"name": answer.name, "why": answer.why, "lacking": lacking}
+            beside.write_text(json.dumps(found), encoding="utf-8")
             beside.rename(note)
         return answer
 
     @staticmethod
     def _of(name: str, why: str = "") -> Accelerator:
         return Accelerator(name, "host", 1.0) if name == "kvm" else Accelerator(name, _TCG_CPU, _TCG_SCALE, why)
+
+
+def _lacking_device() -> str:
+    """Why KVM's device cannot be used, or nothing."""
+    if not Path("/dev/kvm").exists():
+        return "kvm: there is no /dev/kvm"
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "kvm: /dev/kvm may not be opened by this user (group kvm?)"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,25 @@ def test_kvm_only_when_its_guest_ran(
     monkeypatch.setattr(Path, "exists", lambda self: device if str(self) == "/dev/kvm" else exists(self))
     found = vm.Accelerator.probe(tmp_path)
     assert found.name == expected
-    monkeypatch.setattr(vm, "_try", lambda *_: pytest.fail("probed again within one boot"))
-    assert vm.Accelerator.probe(tmp_path) == found
+    with monkeypatch.context() as patched:
+        patched.setattr(vm, "_try", lambda *_: pytest.fail("probed again within one boot"))
+        assert vm.Accelerator.probe(tmp_path) == found
+    # Its module was loaded, or somebody else asks, as a container with the same store.
+    device = not device
+    monkeypatch.setattr(vm, "_try", lambda accelerator, cpu: "")
+    assert vm.Accelerator.probe(tmp_path).name == ("kvm" if device else "tcg")
+
+
+def test_it_is_looked_at_anew_if_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "require", lambda *_: "")
+    monkeypatch.setattr(vm, "_lacking_device", lambda: "")
+    answers = {"kvm": "did not finish within 10 s", "tcg": ""}
+    monkeypatch.setattr(vm, "_try", lambda accelerator, cpu: answers[accelerator])
+    assert vm.Accelerator.probe(tmp_path).name == "tcg"
+    answers["kvm"] = ""
+    assert vm.Accelerator.probe(tmp_path).name == "tcg"
+    assert vm.Accelerator.probe(tmp_path, anew=True).name == "kvm"
+    assert vm.Accelerator.probe(tmp_path).name == "kvm"
 
 
 def test_no_accelerator_says_what_each_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +118,8 @@ def test_probe_on_this_machine(tmp_path: Path) -> None:
     assert found.name in ("kvm", "tcg")
     assert found.name == "kvm" or found.why
     (note,) = tmp_path.iterdir()
-    assert json.loads(note.read_text()) == {"name": found.name, "why": found.why}
+    lacking = "" if os.path.exists("/dev/kvm") else "kvm: there is no /dev/kvm"
+    assert json.loads(note.read_text()) == {"name": found.name, "why": found.why, "lacking": lacking}
 
 
 @pytest.mark.build
