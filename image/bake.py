@@ -15,7 +15,7 @@ from kernel import build as kernels
 from kernel import develop
 from pipeline import bundle as bundles
 from pipeline import progress, repository, rpm, run, settings, status, store
-from pipeline.debroot import Root
+from pipeline.debroot import Root, require_root
 from pipeline.errors import BuildError
 from pipeline.sandbox import Sandbox
 from pipeline.signing import SigningKey
@@ -119,6 +119,8 @@ def everything() -> None:
         show_plan(final_stages())
         return
     if not settings.current.offline:
+        if not all(root.resolved for root in roots()):
+            require_root("to make build roots")
         # Before any key is computed: where the archives have dropped a pinned release, its stand-in is what is built.
         Sources(Store()).fetch_all()
     line = Line()

@@ -22,7 +22,7 @@ from kernel import config
 from pipeline import patches, progress, recipe, rpm, run, sources
 from pipeline.debroot import EPOCH, Root
 from pipeline.errors import BuildError
-from pipeline.sandbox import Overlay, Sandbox
+from pipeline.sandbox import Overlay, Sandbox, require_overlays
 from pipeline.settings import current
 from pipeline.store import Stage, Store, digest, remove_tree
 
@@ -379,6 +379,7 @@ class Kernels:
 
     def _build_base(self, options: Sequence[config.Option], out: Path, make: Make) -> None:
         self.store.require_space(_SPACE["base"], "compiling the kernel")
+        require_overlays(self.store.root)  # which every flavour is built on: half an hour later
         log = out / "base.log"
         tree = out / "tree"
         tree.mkdir()

@@ -93,7 +93,12 @@ class Root:
         return data
 
     def refresh(self) -> None:
-        """Ask the archive for the newest versions and write them down."""
+        """Ask the archive for the newest versions and write them down.
+
+        Raises:
+            BuildError: the archive cannot be asked, or we are not root, as which alone mmdebstrap resolves.
+        """
+        require_root(f"to resolve the packages of {self.name}")
         with progress.step(f"resolving the packages of {self.path.parent.name}/{self.path.name}"):
             text = run.run(
                 [*self._command(), "--simulate", "--verbose", CODENAME, "/dev/null", "-"],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeline import apt, run, settings, vm
 from pipeline.errors import BuildError
+from pipeline.sandbox import require_overlays
 from pipeline.signing import SigningKey
 from pipeline.store import MORE_SPACE, Store
 
@@ -24,6 +25,8 @@ _PROGRAMS = {  # program → Debian package, why
     "qemu-system-x86_64": ("qemu-system-x86", "boots what was built"),
     "qemu-img": ("qemu-utils", "makes overlays and compressed images"),
     "packer": ("packer", "bakes the images"),
+    "ip": ("iproute2", "makes the links of a lab"),
+    "sysctl": ("procps", "prepares the networks of a lab"),
     "ssh": ("openssh-client", "reaches a booted image"),
     "git": ("git", "holds patch series as commits"),
     "patch": ("patch", "applies a series"),
@@ -74,6 +77,12 @@ def examine(store: Store) -> Iterator[Finding]:
         f"{free:.0f} GB free under {store.root}; a full build from empty uses up to {STORE_GB} GB",
         MORE_SPACE,
     )
+    try:
+        if root:
+            require_overlays(store.root)
+            yield Finding(True, "overlays", f"can be mounted under {store.root}")
+    except BuildError as error:
+        yield Finding(False, "overlays", error.message, error.hint)
     try:
         accelerator = vm.Accelerator.probe(store.root, anew=True)  # who asks may just have mended it
         slow = f"   (machines are emulated, which is slow: {accelerator.why})" if accelerator.why else ""

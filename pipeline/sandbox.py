@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeline import run
 from pipeline.debroot import EPOCH
+from pipeline.errors import BuildError
 
 
 @dataclass(frozen=True)
@@ -135,4 +136,24 @@ class Sandbox:
             what=what,
             hint=hint,
             shown=f"{shlex.join(command)}   # in {self.root.parent.parent.name}",
+        )
+
+
+def require_overlays(folder: Path) -> None:
+    """Find out before long work whether overlays can be mounted in a folder.
+
+    Raises:
+        BuildError: they cannot, as on overlayfs itself, where a container has its files.
+    """
+    unshare = run.require("unshare", "to mount overlays privately", "util-linux")
+    with run.temporary_directory("overlay-", folder) as place:
+        for name in ("lower", "upper", "work", "merged"):
+            (place / name).mkdir()
+        options = ",".join(f"{name}dir={place / name}" for name in ("lower", "upper", "work"))
+        argv = [unshare, "--mount", "--", "mount", "-t", "overlay", "overlay", "-o", options, str(place / "merged")]
+        result = run.run(argv, check=False)
+    if result.returncode != 0:
+        raise BuildError(
+            f"no overlay can be mounted under {folder}: {result.stderr.strip()}",
+            "set LVSFORGE_STORE to a folder on ext4, xfs, btrfs or tmpfs (in a container: a volume)",
         )

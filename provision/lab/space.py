@@ -55,12 +55,15 @@ class Space:
         """Run `ip` commands, all in one go."""
         if commands:
             run.run(
-                self.network_argv(["ip", "-batch", "-"]), stdin="\n".join(commands) + "\n", what=f"links of {self.name}"
+                self.network_argv([run.require("ip", "to make a lab's links", "iproute2"), "-batch", "-"]),
+                stdin="\n".join(commands) + "\n",
+                what=f"links of {self.name}",
             )
 
     def sysctl(self, *settings: str) -> None:
         """Change settings of its network; those of the machine stay."""
-        run.run(self.network_argv(["sysctl", "-q", "-w", *settings]), what=f"settings of {self.name}")
+        program = run.require("sysctl", "to prepare a lab's networks", "procps")
+        run.run(self.network_argv([program, "-q", "-w", *settings]), what=f"settings of {self.name}")
 
 
 def start(root: Path, name: str, log: Path, binds: Mapping[Path, str] | None = None) -> Space:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,7 @@ def test_what_has_not_booted_is_not_published(broken: str, monkeypatch: pytest.M
             raise BuildError(f"the {role} image does not boot", "invoke console")
         done.append(role)
 
+    monkeypatch.setattr(bake, "require_root", lambda _why: None)
     monkeypatch.setattr(Sources, "fetch_all", lambda self: [])
     monkeypatch.setattr(Store, "require_space", lambda *_: None)
     monkeypatch.setattr(bake, "check", check)
@@ -99,6 +101,13 @@ def test_what_has_not_booted_is_not_published(broken: str, monkeypatch: pytest.M
         bake.everything()
     assert ("repository" in done) is not bool(broken)
     assert broken or done == [*roles(), "repository"]
+
+
+def test_who_may_not_make_roots_is_told_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(Sources, "fetch_all", lambda self: pytest.fail("fetched"))
+    with pytest.raises(BuildError, match="root is needed to make build roots"):
+        bake.everything()
 
 
 @pytest.mark.usefixtures("resolved")

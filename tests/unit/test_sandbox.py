@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import run
+from pipeline import run, settings
 from pipeline.debroot import EPOCH
 from pipeline.errors import BuildError
-from pipeline.sandbox import Overlay, Sandbox
+from pipeline.sandbox import Overlay, Sandbox, require_overlays
 
 Wait = Callable[..., float]
 USR: Mapping[Path, str] = {Path("/usr"): "/usr"}
@@ -216,6 +216,20 @@ def test_an_overlay_that_cannot_be_mounted_says_which(toy_root: Path, tmp_path: 
     text = str(caught.value)
     assert "cannot mount an overlay" in text
     assert f"lowerdir={tmp_path}/gone" in text
+
+
+@pytest.mark.runs("unshare", "mount")
+@needs_root
+def test_where_no_overlay_can_be_mounted_is_said_before_the_work(tmp_path: Path) -> None:
+    """On overlayfs itself, which is what a container has."""
+    require_overlays(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    script = 'mkdir l u w m; mount -t overlay overlay -o lowerdir=l,upperdir=u,workdir=w m; exec "$@"'
+    program = "import sys; from pathlib import Path; from pipeline.sandbox import require_overlays as r; r(Path('m'))"
+    argv = ["unshare", "--mount", "sh", "-euc", script, "sh", sys.executable, "-c", program]
+    result = run.run(argv, cwd=tmp_path, env={"PYTHONPATH": str(settings.TOP)}, check=False)
+    assert result.returncode != 0
+    assert "no overlay can be mounted under m" in result.stderr and "LVSFORGE_STORE" in result.stderr
 
 
 @pytest.mark.runs("bwrap", "python3")
