@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import xml.etree.ElementTree
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from image import golden
 from image.base import ROOM, Recipe
 from pipeline import progress, run, seed, settings, store, vm
 from pipeline.errors import BuildError
@@ -57,31 +60,25 @@ def verify(where: Store, image: Recipe, disk: Path, out: Path) -> None:
     accelerator = vm.Accelerator.probe(where.root)
     before = store.digest(disk)
     report: dict[str, object] = {"image": disk.name, "sha256": before, "accelerator": accelerator.name}
-    work = out / "bios"
-    machine = describe(image, disk, work, accelerator)
-    with machine:
-        try:
-            with progress.step("booting under BIOS with a seed"):
-                report["ssh_seconds"] = round(machine.wait_for_ssh(_SSH_SECONDS), 1)
-                status = machine.run("cloud-init status --wait --long", check=False, seconds=_SEED_SECONDS)
-                if status.returncode != 0:
-                    raise BuildError(
-                        "cloud-init did not apply the seed without an error",
-                        "invoke console --role " + image.role,
-                        [*run.tail(status.stdout), *machine.console_tail()],
-                    )
-                report["seed_applied_at"] = uptime(machine)
-            with progress.step("checks over ssh"):
-                report["checks"] = run_checks(image, machine, out)
-            with progress.step("powering off"):
-                machine.power_off()
-        except BuildError as error:
-            if settings.current.keep:
-                raise BuildError(error.message, machine.keep(), error.details) from error
-            hint = f"invoke check-image --role {image.role} --keep   (leaves the machine running)"
-            raise BuildError(error.message, hint, error.details) from error
-    machine = describe(image, disk, out / "uefi", accelerator, firmware="uefi")
-    with progress.step("booting under UEFI"), machine:
+    with booted(where, image, disk, out, accelerator, "bios") as machine:
+        with progress.step("booting under BIOS with a seed"):
+            report["ssh_seconds"] = round(machine.wait_for_ssh(_SSH_SECONDS), 1)
+            status = machine.run("cloud-init status --wait --long", check=False, seconds=_SEED_SECONDS)
+            if status.returncode != 0:
+                raise BuildError(
+                    "cloud-init did not apply the seed without an error",
+                    "invoke console --role " + image.role,
+                    [*run.tail(status.stdout), *machine.console_tail()],
+                )
+            report["seed_applied_at"] = uptime(machine)
+        with progress.step("checks over ssh"):
+            report["checks"] = run_checks(image, machine, out)
+        with progress.step("powering off"):
+            machine.power_off()
+    with (
+        progress.step("booting under UEFI"),
+        booted(where, image, disk, out, accelerator, "uefi") as machine,
+    ):
         report["ssh_seconds_uefi"] = round(machine.wait_for_ssh(_SSH_SECONDS), 1)
         # the firmware must have been UEFI indeed
         machine.run("test -d /sys/firmware/efi", what="looking for UEFI in the guest")
@@ -93,6 +90,37 @@ def verify(where: Store, image: Recipe, disk: Path, out: Path) -> None:
     for name in ("bios", "uefi"):
         for secret in (out / name).glob("id*"):
             secret.unlink()
+
+
+@contextlib.contextmanager
+def booted(
+    where: Store, image: Recipe, disk: Path, out: Path, accelerator: vm.Accelerator, firmware: str
+) -> Iterator[vm.Machine]:
+    """A machine on an overlay of the image; what it writes is in `out/FIRMWARE` in the end.
+
+    Raises:
+        BuildError: that of the block, with how to look at the machine: with `settings.current.keep` it runs on.
+    """
+    work = target = out / firmware
+    if settings.current.keep:
+        # Not below `out`, which goes with a failure: the disk, the key and the console of a kept machine stay.
+        golden.remove_abandoned(where, f"{out.name}-{firmware}-")
+        work = where.root / "bakes" / f"{out.name}-{firmware}-{os.getpid()}"
+        work.parent.mkdir(exist_ok=True)
+    machine = describe(image, disk, work, accelerator, firmware=firmware)
+    try:
+        with machine:
+            try:
+                yield machine
+            except BuildError as error:
+                hint = f"invoke check-image --role {image.role} --keep   (leaves the machine running)"
+                if settings.current.keep and machine.process.poll() is None:
+                    (work / "qemu.pid").write_text(f"{machine.process.pid}\n", encoding="ascii")
+                    hint = f"{machine.keep()}; then: rm -r {work}"
+                raise BuildError(error.message, hint, error.details) from error
+    finally:
+        if work != target and work.exists() and not machine.kept:
+            work.rename(target)
 
 
 def describe(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from image import bake, golden, verify
 from image.base import ROOM, Recipe
-from pipeline import run, store, vm
+from pipeline import run, settings, store, vm
 from pipeline.errors import BuildError
 from pipeline.store import Stage, Store
 
@@ -238,6 +240,78 @@ def test_seed_of_the_checks(tmp_path: Path, director: Recipe) -> None:
     first = verify.seed_files(director, "ssh-ed25519 KEY", tmp_path)
     assert "'ssh-ed25519 KEY'" in first["user-data"]
     assert first["meta-data"] != verify.seed_files(director, "ssh-ed25519 OTHER", tmp_path)["meta-data"]
+
+
+class Halting:
+    """A machine whose ssh answers once, or never."""
+
+    def __init__(self, work: Path, boots: list[str]) -> None:
+        self.work, self.boots, self.kept = work, boots, False
+        self.process = SimpleNamespace(pid=os.getpid(), poll=lambda: None)
+        work.mkdir(parents=True)
+        (work / "id").write_text("a private key")
+
+    def __enter__(self) -> Halting:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def wait_for_ssh(self, _seconds: float) -> float:
+        if self.boots.pop(0) == "fails":
+            raise BuildError("no ssh", "look")
+        return 1.0
+
+    def run(self, *_: object, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(returncode=0, stdout="1")
+
+    def power_off(self) -> None:
+        pass
+
+    def keep(self) -> str:
+        self.kept = True
+        return f"ssh -F {self.work}/ssh_config"
+
+
+@pytest.mark.parametrize("boots", [["fails"], ["answers", "fails"]])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_kept_machine_can_be_logged_in_to(
+    tmp_path: Path, director: Recipe, monkeypatch: pytest.MonkeyPatch, boots: list[str], keep: bool
+) -> None:
+    """Its key and its disk are not in the folder of the failed check, which goes."""
+    left_to_do = list(boots)
+    monkeypatch.setattr(settings.current, "keep", keep)
+    monkeypatch.setattr(vm.Accelerator, "probe", staticmethod(lambda _cache: TCG))
+    monkeypatch.setattr(verify, "describe", lambda _image, _disk, work, *_, **__: Halting(work, left_to_do))
+    monkeypatch.setattr(verify, "run_checks", lambda *_: {"passed": 1})
+    where, disk = Store(tmp_path / "store"), tmp_path / "disk"
+    disk.write_text("an image")
+    checked = Stage("checked-director", {}, lambda out: verify.verify(where, director, disk, out))
+    with pytest.raises(BuildError, match="no ssh") as caught:
+        where.ensure(checked)
+    left = list(where.root.rglob("id"))
+    assert len(left) == keep
+    if keep:
+        assert (
+            f"ssh -F {left[0].parent}/ssh_config" in caught.value.hint
+            and f"rm -r {left[0].parent}" in caught.value.hint
+        )
+    else:
+        assert "invoke check-image --role director --keep" in caught.value.hint
+
+
+def test_with_keep_a_good_check_leaves_nothing_beside_its_result(
+    tmp_path: Path, director: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings.current, "keep", True)
+    monkeypatch.setattr(vm.Accelerator, "probe", staticmethod(lambda _cache: TCG))
+    monkeypatch.setattr(verify, "describe", lambda _image, _disk, work, *_, **__: Halting(work, ["answers"]))
+    monkeypatch.setattr(verify, "run_checks", lambda *_: {"passed": 1})
+    where, disk = Store(tmp_path / "store"), tmp_path / "disk"
+    disk.write_text("an image")
+    result = where.ensure(Stage("checked-director", {}, lambda out: verify.verify(where, director, disk, out)))
+    assert sorted(p.name for p in result.iterdir()) == ["bios", "inputs.json", "report.json", "uefi"]
+    assert not list(where.root.rglob("id")) and not list((where.root / "bakes").iterdir())
 
 
 # --- Packer
