@@ -137,6 +137,8 @@ def doctor(_c: Any) -> None:
 def clean(_c: Any, store: bool = False, keep_results: int = 0) -> None:
     """Remove what is in out/ but for packages, unpacked trees and a lab; with --store the artefact store's results."""
     cleaning.clean(Store() if store else None, keep_results)
+    if store:
+        bake.clean_abandoned()
 
 
 # --- sources

@@ -257,6 +257,16 @@ def show_plan(stages: Sequence[Stage]) -> None:
         print(text)
 
 
+def clean_abandoned() -> None:
+    """Remove the folders of bakes and checks that were killed; their names end with the process that made them."""
+    for folder in sorted((Store().root / "bakes").glob("*")):
+        if Path("/proc", folder.name.rpartition("-")[2]).exists() or golden.running(folder):
+            continue
+        progress.note(f"{'would remove' if settings.current.dry_run else 'removing'} {folder}")
+        if not settings.current.dry_run:
+            store.remove_tree(folder)
+
+
 # --- for a builder without a network ----------------------------------------------------------------------------
 
 

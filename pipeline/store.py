@@ -195,14 +195,22 @@ class Store:
                 result.rename(target)
 
     @contextlib.contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        """Hold a named lock; a second holder waits and is told for whom. The kernel drops it when we die."""
+    def lock(self, name: str, *, wait: bool = True) -> Iterator[bool]:
+        """Hold a named lock; the kernel drops it when we die.
+
+        Args:
+            name: what it stands for.
+            wait: let a second holder wait, who is told for whom; else the block gets False, without the lock.
+        """
         folder = self.root / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"{name}.lock").open("a+") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if not wait:
+                    yield False
+                    return
                 stream.seek(0)
                 holder = stream.read().strip() or "unknown"
                 progress.note(f"{name} is being built by process {holder}; waiting for it")
@@ -211,7 +219,7 @@ class Store:
             stream.truncate()
             stream.write(str(os.getpid()))
             stream.flush()
-            yield
+            yield True
 
     def why(self, stage: Stage) -> str:
         """Why the stage has to be built: which inputs differ from the newest result of its name."""
@@ -251,18 +259,33 @@ class Store:
         return wrong
 
     def prune(self, keep: int, *, dry_run: bool) -> list[Path]:
-        """Remove all but the `keep` most recently used results of each stage; returns what goes."""
-        going: list[Path] = []
-        for folder in sorted(p for p in self.root.iterdir() if p.is_dir()) if self.root.exists() else []:
-            if folder.name not in _NO_STAGES:
-                going += self.results(folder.name)[keep:]
+        """Remove all but the `keep` most recently used results of each stage, and what killed runs have left.
+
+        Returns:
+            What goes. A result that a process reads stays, also one that is a lab's.
+        """
+        going = [path for path in self._surplus(keep) if not _is_read(path)]
         if not dry_run:
             for path in going:
                 # Under the key's lock: nobody may start to read what we take away.
                 with self.lock(f"{path.parent.name}-{path.name}"):
                     (path / _RECORD).unlink()
                     remove_tree(path)
-        return going
+        return going + list(self._abandoned(dry_run=dry_run))
+
+    def _surplus(self, keep: int) -> Iterator[Path]:
+        for folder in sorted(p for p in self.root.iterdir() if p.is_dir()) if self.root.exists() else []:
+            if folder.name not in _NO_STAGES:
+                yield from self.results(folder.name)[keep:]
+
+    def _abandoned(self, *, dry_run: bool) -> Iterator[Path]:
+        """Remove unfinished results of runs that are gone: those at work hold their lock."""
+        for path in sorted((self.root / "tmp").glob("*")):
+            with self.lock(path.name, wait=False) as ours:
+                if ours:
+                    if not dry_run:
+                        remove_tree(path)
+                    yield path
 
     def require_space(self, gigabytes: float, what: str) -> None:
         """Refuse to start what cannot finish.
@@ -300,6 +323,18 @@ def remove_tree(path: Path) -> None:
         function(name)
 
     shutil.rmtree(path, onerror=make_writable)
+
+
+def _is_read(result: Path) -> bool:
+    """Whether a process has a file of a result open or its tree mounted; says so. Of others' only root can know."""
+    name = f"/{result.parent.name}/{result.name}"  # no other path has a key in it
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            links = (os.readlink(each) for each in (process / "fd").iterdir())
+            if name in (process / "mountinfo").read_text(encoding="utf-8") or any(name in link for link in links):
+                progress.note(f"{result} stays: process {process.name} uses it")
+                return True
+    return False
 
 
 def _listing(work: Path) -> dict[str, tuple[int, str]]:

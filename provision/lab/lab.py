@@ -13,7 +13,6 @@ import os
 import shlex
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -445,7 +444,7 @@ def up(source: Path, folder: Path, memory: int, parts: Parts) -> Lab:
         if left is not None:
             _keep_edits(folder)
             _forget(left)
-        written = State(folder, str(source), memory, time.time(), root=str(where), images=images, scale=found.scale)
+        written = State(folder, str(source), memory, root=str(where), images=images, scale=found.scale)
         lab = prepare(source, folder, written)
         try:
             _boot(lab, parts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("links") / "lab"
     source = settings.TOP / f"provision/examples/lab-{request.param}.yaml"
     root = str(tree(Store(), labs.root(Store())))
-    found = labs.prepare(source, folder, State(folder, str(source), 512, time.time(), root=root))
+    found = labs.prepare(source, folder, State(folder, str(source), 512, root=root))
     try:
         found.start_links()
         yield found

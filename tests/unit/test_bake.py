@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import tasks
-from image import bake
+from image import bake, golden
 from image.base import roles
 from kernel import build as kernels
 from pipeline import repository, run, settings
@@ -186,3 +186,18 @@ def test_a_bundle_brings_newer_roots(tmp_path: Path) -> None:
         "root-lab/cut/root": "new",
     }
     assert not fresh.exists()
+
+
+def test_folders_of_killed_bakes_are_cleaned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of a bake at work, nor of one whose machine was kept."""
+    bakes = Store().root / "bakes"
+    gone = 2**22 + 1  # above the highest PID that Linux gives
+    for name in (f"director-key-{gone}", f"director-kept-{gone}", f"director-key-{os.getpid()}"):
+        (bakes / name).mkdir(parents=True)
+    monkeypatch.setattr(golden, "running", lambda folder: "kept" in folder.name)
+    monkeypatch.setattr(settings.current, "dry_run", True)
+    bake.clean_abandoned()
+    assert len(list(bakes.iterdir())) == 3
+    monkeypatch.setattr(settings.current, "dry_run", False)
+    bake.clean_abandoned()
+    assert {p.name for p in bakes.iterdir()} == {f"director-kept-{gone}", f"director-key-{os.getpid()}"}

@@ -245,11 +245,11 @@ def test_the_one_who_waited_takes_the_others_answer(machine: Machine, recipe: Pa
     root, other = Root("root-tools", recipe, store), Root("root-tools", recipe, store)
     lock = store.lock
 
-    def lock_after_another(name: str) -> Any:
+    def lock_after_another(name: str, *, wait: bool = True) -> Any:
         store.lock = lock  # type: ignore[method-assign]
         assert other.versions == VERSIONS
         machine.versions["gcc"] = "newer"
-        return lock(name)
+        return lock(name, wait=wait)
 
     store.lock = lock_after_another  # type: ignore[method-assign]
     assert root.versions == VERSIONS

@@ -420,8 +420,36 @@ def test_prune_leaves_a_build_at_work_alone(store: Store) -> None:
     work = store.root / "tmp" / "toy-0123"
     work.mkdir(parents=True)
     (work / "inputs.json").write_text("{}")
-    assert store.prune(0, dry_run=False) == []
-    assert work.exists()
+    with store.lock("toy-0123"):
+        assert store.prune(0, dry_run=False) == []
+        assert work.exists()
+    # Without its builder it is what a killed run has left.
+    assert store.prune(0, dry_run=True) == [work] and work.exists()
+    assert store.prune(0, dry_run=False) == [work] and not work.exists()
+
+
+@pytest.mark.parametrize("how", ["open", "mounted"])
+@pytest.mark.runs("unshare", "mount")
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts, and looks at another process")
+def test_prune_leaves_what_is_in_use_alone(store: Store, tmp_path: Path, events: Recorder, how: str) -> None:
+    """As a machine its disk, or a build the lower layer of its overlay."""
+    path = store.ensure(stage())
+    script = {
+        "open": 'exec 9<"$1/made"; exec sleep 60',
+        "mounted": 'mkdir u w m; mount -t overlay overlay -o "lowerdir=$1,upperdir=u,workdir=w" m; exec sleep 60',
+    }[how]
+    with run.start(
+        ["unshare", "--mount", "sh", "-euc", script, "sh", path], log=tmp_path / "log", cwd=tmp_path
+    ) as user:
+        run.wait_until(
+            lambda: b"sleep" in Path(f"/proc/{user.pid}/cmdline").read_bytes().split(b"\0")[0],
+            deadline=10,
+            what="the user",
+            hint="look",
+        )
+        assert store.prune(0, dry_run=False) == []
+        assert f"{path} stays: process {user.pid} uses it" in events.texts("note")
+    assert store.prune(0, dry_run=False) == [path]
 
 
 def test_prune_of_an_empty_store(store: Store) -> None:
