@@ -109,7 +109,7 @@ class Accelerator:
         Raises:
             BuildError: no guest runs at all; it says what each attempt answered.
         """
-        note = cache / f"accelerator-of-boot-{_boot_id()}.json" if cache else None
+        note = cache / f"kvm-of-boot-{_boot_id()}.json" if cache else None
         lacking = _lacking_device()
         if note and note.exists() and not anew:
             known = json.loads(note.read_text(encoding="utf-8"))
