@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import struct
 from typing import Any
@@ -174,3 +175,9 @@ def capable(length: int, *keys: int, data: int = 0) -> bytes:
     """MP_CAPABLE of version 1."""
     body = b"".join(struct.pack("!Q", key) for key in keys) + (struct.pack("!H", data) if data else b"")
     return bytes([30, length, 0x01, 0x01]) + body
+
+
+def mapping(key: int, at: int, length: int) -> bytes:
+    """DSS: so many bytes from there on are the same ones of the subflow and of the connection that has our key."""
+    first = int.from_bytes(hashlib.sha256(struct.pack("!Q", key)).digest()[-8:], "big") & 0xFFFFFFFF
+    return struct.pack("!BBBBIIH", 30, 14, 0x20, 0x04, (first + at) & 0xFFFFFFFF, at, length)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import struct
 
 import pytest
 
 from tests.kernel import packets
-from tests.kernel.lab import Lab
+from tests.kernel.lab import Lab, Namespace
 from tests.kernel.machine import Guest
 from tests.kernel.naming import (
     ANY,
@@ -21,6 +22,7 @@ from tests.kernel.naming import (
     Call,
     Room,
     capable,
+    mapping,
     named,
     option,
     shows,
@@ -34,6 +36,24 @@ def mount_for_bpf(guest: Guest) -> None:
     for kind, place in (("cgroup2", "/sys/fs/cgroup"), ("bpf", "/sys/fs/bpf")):
         if f" {place} " not in mounts:
             guest.run("mount", "-t", kind, kind, place)
+
+
+def multipath(room: Room, family: int, toa: bytes) -> tuple[Call, int, int]:
+    """A connection of MPTCP that has an option in the handshake's ACK and has asked `m` and `n`; our key and theirs."""
+    call = room.peer.call(family)
+    ours = int.from_bytes(hashlib.sha256(str(call).encode()).digest()[:8], "big")
+    answer = call.knock(packets.options(packets.mss(1460), capable(4)))
+    theirs = struct.unpack("!Q", answer.options[30][2:10])[0]
+    call.send("A", option=packets.options(capable(20, ours, theirs), toa))
+    call.say(b"mn", packets.options(capable(22, ours, theirs, data=2)))
+    return call, ours, theirs
+
+
+def joined(server: Namespace) -> int:
+    """How many subflows have joined connections of MPTCP."""
+    rows = [row.split() for row in server.read("/proc/net/netstat").splitlines()]
+    names, values = (row for row in rows if row[0] == "MPTcpExt:")
+    return int(dict(zip(names, values, strict=True))["MPJoinAckRx"])
 
 
 class Scenarios:
@@ -209,21 +229,31 @@ class Scenarios:
     def test_mptcp(self, room: Room, family: int, later: bool) -> None:
         """The option comes on the subflow, the application has the socket of the connection."""
         app = room.app(family, mptcp=True)
-        mine = int.from_bytes(hashlib.sha256(f"{family}{later}".encode()).digest()[:8], "big")
-        call = room.peer.call(family)
-        answer = call.knock(packets.options(packets.mss(1460), capable(4)))
-        theirs = struct.unpack("!Q", answer.options[30][2:10])[0]
         toa = option(CLIENT[family])
-        call.send("A", option=packets.options(capable(20, mine, theirs), b"" if later else toa))
-        call.say(b"mn", packets.options(capable(22, mine, theirs, data=2)))
+        call, mine, _ = multipath(room, family, b"" if later else toa)
         first = str(call) if later else f"{CLIENT[family]} {CPORT}"
         assert app.says(3) == [f"accept {first}", "mptcp 1", f"name {first} carrier {call}"]
         if later:
             call.send("A", option=packets.options(toa))
-            idsn = int.from_bytes(hashlib.sha256(struct.pack("!Q", mine)).digest()[-8:], "big") & 0xFFFFFFFF
-            dss = struct.pack("!BBBBIIH", 30, 14, 0x20, 0x04, (idsn + 3) & 0xFFFFFFFF, 3, 1)
-            call.say(b"n", packets.options(dss))
+            call.say(b"n", packets.options(mapping(mine, 3, 1)))
             assert app.says() == [f"name {CLIENT[family]} {CPORT} carrier {call}"]
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_subflow_that_joins_renames_nobody(self, room: Room, family: int) -> None:
+        """Its option is one of IPv4: beside the join there is no room for the other."""
+        app = room.app(family, mptcp=True)
+        call, mine, theirs = multipath(room, family, option(CLIENT[family]))
+        name = f"name {CLIENT[family]} {CPORT} carrier {call}"
+        assert app.says(3)[2] == name
+        token, nonce = hashlib.sha256(struct.pack("!Q", theirs)).digest()[:4], b"once"
+        other = room.peer.call(family)
+        answer = other.knock(packets.options(packets.mss(1460), bytes([30, 12, 0x10, 1]) + token + nonce))
+        proof = hmac.digest(struct.pack("!QQ", mine, theirs), nonce + answer.options[30][10:14], "sha256")[:20]
+        other.send("A", option=packets.options(bytes([30, 24, 0x10, 0]) + proof, option("198.51.100.99")))
+        room.server.wait_until(lambda: joined(room.server) == 1, "the subflow that joins")
+        call.say(b"n", packets.options(mapping(mine, 3, 1)))
+        assert app.says() == [name]
+        assert room.stats()["syn_recv_sock_toa"] == 2
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_tcp_at_an_mptcp_listener(self, room: Room, family: int) -> None:

@@ -188,34 +188,33 @@ static __always_inline int find(struct bpf_sock_ops *ctx, struct toa_client *cli
 	return 0;
 }
 
-static __always_inline int keep(void *sk, const struct toa_client *client)
+/* What is kept for a socket: if nothing is, this client, which others see whole from the beginning. */
+static __always_inline struct toa_client *keep(void *sk, struct toa_client *client)
 {
-	struct toa_client *kept = bpf_sk_storage_get(&toa_clients, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
-
-	if (!kept)
-		return 0;
-	*kept = *client;
-	return 1;
+	return bpf_sk_storage_get(&toa_clients, sk, client, BPF_SK_STORAGE_GET_F_CREATE);
 }
 
 /* Keep who the segment names, for the socket and, if it is a subflow of MPTCP, for the one that programs have. */
 static __always_inline int take(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
-	struct toa_client client = {};
+	struct toa_client client = {}, *kept;
 
 	if (!sk || !find(ctx, &client))
 		return 0;
-	if (!keep(sk, &client)) {
+	kept = keep(sk, &client);
+	if (!kept) {
 		count(TOA_NO_MEMORY);
 		return 0;
 	}
+	/* Where it was kept as nameless. Whoever reads it has to lock the socket, which is locked now. */
+	*kept = client;
 	/* Kernels before 5.19 do not have it, and call what follows dead code. */
 	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_skc_to_mptcp_sock)) {
 		struct mptcp_sock *msk = bpf_skc_to_mptcp_sock(sk);
 
-		/* A subflow that joins finds a name already. */
-		if (msk && !bpf_sk_storage_get(&toa_clients, msk, NULL, 0))
+		/* This one is not locked. What is kept, as a subflow that joins finds it, is not written again. */
+		if (msk)
 			keep(msk, &client);
 	}
 	return 1;
