@@ -19,6 +19,7 @@ from tests.kernel.naming import (
     FAR,
     MSS,
     NEAR,
+    SERVER,
     Call,
     Room,
     capable,
@@ -146,6 +147,26 @@ class Scenarios:
         call.knock(packets.options(packets.mss(1460), option(CLIENT[family], 63881)))
         call.send("A")
         shows(app, call)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_the_carrier_in_a_buffer_that_is_too_small(self, room: Room, family: int) -> None:
+        """It is cut. A program of BPF cannot say of how much."""
+        app = room.app(family)
+        call = room.peer.call(family).open(named(CLIENT[family]))
+        call.say(b"c")
+        size = {4: 16, 6: 28}[family]
+        whole, cut = ([size] * 5, [size, size, size - 1, 3, 0])
+        assert app.says(2)[1] in [f"lengths {' '.join(map(str, lengths))}" for lengths in (whole, cut)]
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_nobody_carries_what_is_not_connected(self, room: Room, family: int) -> None:
+        """Kernels that do not know the option say so."""
+        found = room.server.call("toa:carriers", address=SERVER[family], nobody=NEAR[family])
+        assert found.pop("connected").startswith(f"{SERVER[family]} ")
+        of_tcp = {found.pop(state) for state in ("new", "connecting", "listening", "reset")}
+        assert of_tcp in ({"ENOTCONN"}, {"ENOPROTOOPT"})
+        assert set(found) == {"datagram", "raw"}
+        assert set(found.values()) <= {"ENOPROTOOPT", "EOPNOTSUPP", "ENOTSUP"}, "two names of one of them"
 
     def test_reuseport(self, room: Room) -> None:
         app = room.app(6, listeners=4)

@@ -9,6 +9,7 @@
 
 #include <linux/bpf.h>
 #include <linux/in.h>
+#include <linux/in6.h>
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
@@ -17,6 +18,7 @@
 
 #define AF_INET 2
 #define AF_INET6 10
+#define SOCK_STREAM 1
 #define SOL_TCP 6
 #ifndef IPPROTO_MPTCP
 #define IPPROTO_MPTCP 262
@@ -366,31 +368,40 @@ SEC("cgroup/getsockopt")
 int toa_getsockopt(struct bpf_sockopt *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
-	__u32 *addr = ctx->optval;
-	int size;
+	__u8 *to = ctx->optval, *end = ctx->optval_end;
+	union {
+		__u8 bytes[sizeof(struct sockaddr_in6)];
+		struct sockaddr_in in;
+		struct sockaddr_in6 in6;
+	} name = {};
+	int size, n;
 
 	if (ctx->level != SOL_TCP || ctx->optname != TCP_TOA_CARRIER || !ctx->retval)
 		goto not_ours;
-	if (!sk || !sk->dst_port)
+	/* A raw socket can be of TCP's protocol, too. */
+	if (!sk || sk->type != SOCK_STREAM || (sk->protocol != IPPROTO_TCP && sk->protocol != IPPROTO_MPTCP))
 		goto not_ours;
-	size = sk->family == AF_INET6 ? 28 : 16;
-	if (ctx->optlen < size || (void *)addr + 28 > ctx->optval_end)
+	/* What is not connected yet, or not any more, has the port of a peer as well. */
+	if (!sk->dst_port || sk->state == BPF_TCP_CLOSE || sk->state == BPF_TCP_SYN_SENT)
 		goto not_ours;
 	if (sk->family == AF_INET6) {
-		addr[1] = 0;
-		addr[2] = sk->dst_ip6[0];
-		addr[3] = sk->dst_ip6[1];
-		addr[4] = sk->dst_ip6[2];
-		addr[5] = sk->dst_ip6[3];
-		addr[6] = 0;
+		size = sizeof(name.in6);
+		name.in6.sin6_family = AF_INET6;
+		name.in6.sin6_port = sk->dst_port;
+		name.in6.sin6_addr.s6_addr32[0] = sk->dst_ip6[0];
+		name.in6.sin6_addr.s6_addr32[1] = sk->dst_ip6[1];
+		name.in6.sin6_addr.s6_addr32[2] = sk->dst_ip6[2];
+		name.in6.sin6_addr.s6_addr32[3] = sk->dst_ip6[3];
 	} else {
-		addr[1] = sk->dst_ip4;
-		addr[2] = 0;
-		addr[3] = 0;
+		size = sizeof(name.in);
+		name.in.sin_family = AF_INET;
+		name.in.sin_port = sk->dst_port;
+		name.in.sin_addr.s_addr = sk->dst_ip4;
 	}
-	*(__u16 *)addr = sk->family;
-	*((__u16 *)addr + 1) = sk->dst_port;
-	ctx->optlen = size;
+	/* Byte for byte, because the caller's buffer may end anywhere. */
+	for (n = 0; n < size && to + n + 1 <= end; n++)
+		to[n] = name.bytes[n];
+	ctx->optlen = n;
 	ctx->retval = 0;
 	return 1;
 

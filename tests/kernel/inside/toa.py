@@ -23,15 +23,61 @@ def _named(address: tuple[Any, ...]) -> str:
     return f"{address[0]} {address[1]}"
 
 
+def _size(link: socket.socket) -> int:
+    """Of an address of its family: a program gives no more room than that."""
+    return 28 if link.family == socket.AF_INET6 else 16
+
+
 def carrier(link: socket.socket) -> str:
     """What TCP_TOA_CARRIER says, or the name of its error."""
     try:
-        raw = link.getsockopt(socket.IPPROTO_TCP, CARRIER, 28)
+        raw = link.getsockopt(socket.IPPROTO_TCP, CARRIER, _size(link))
     except OSError as error:
         return errno.errorcode[error.errno or 0]
     family, port = struct.unpack_from("=H", raw)[0], struct.unpack_from("!H", raw, 2)[0]
     at = raw[4:8] if family == socket.AF_INET else raw[8:24]
     return f"{socket.inet_ntop(family, at)} {port}"
+
+
+def _getsockopt(link: socket.socket, level: int, option: int, room: int) -> tuple[bytes, int]:
+    """Ask with a buffer of so many bytes: it, with 40 more behind it, all of them `?` before; the length that is said.
+
+    Python's own believes in that length.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    buffer, length = ctypes.create_string_buffer(b"?" * (room + 40)), ctypes.c_int(room)
+    if libc.getsockopt(link.fileno(), level, option, buffer, ctypes.byref(length)) != 0:
+        raise OSError(ctypes.get_errno(), "getsockopt")
+    return buffer.raw[: room + 40], length.value
+
+
+def carriers(address: str, nobody: str) -> dict[str, str]:
+    """What TCP_TOA_CARRIER says of sockets in all states, at an address of this host and one that does not answer."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    found: dict[str, str] = {}
+    with socket.socket(family) as link:
+        found["new"] = carrier(link)
+        link.setblocking(False)
+        link.connect_ex((nobody, 9))
+        found["connecting"] = carrier(link)
+    with socket.create_server((address, 0), family=family) as listener:
+        found["listening"] = carrier(listener)
+        with socket.create_connection(listener.getsockname()[:2]) as link:
+            child, _ = listener.accept()
+            found["connected"] = carrier(link)
+            child.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
+            child.close()
+            try:
+                link.recv(1)
+            except ConnectionResetError:
+                found["reset"] = carrier(link)
+    for name, kind in (("datagram", socket.SOCK_DGRAM), ("raw", socket.SOCK_RAW)):
+        with socket.socket(family, kind, socket.IPPROTO_TCP if name == "raw" else 0) as link:
+            link.connect((address, 9))
+            found[name] = carrier(link)
+    return found
 
 
 def _listener(
@@ -56,7 +102,8 @@ def serve(address: str, port: int, listeners: int = 1, **kind: bool) -> None:
     """Accept for ever; of each connection a line for what accept() said, and one for each message that it sends.
 
     A message is one byte, which is asked about and sent back: `n` for getpeername() and the carrier, `m` whether it is
-    MPTCP, `d` to disconnect the socket and ask, `l` to let it listen, connect to it, and say what that child shows.
+    MPTCP, `c` for the carrier in small buffers, `d` to disconnect the socket and ask, `l` to let it listen, connect to
+    it, and say what that child shows.
     """
     links = [_listener(address, port, **kind) for _ in range(listeners)]
     for link in links[1:]:
@@ -89,6 +136,17 @@ def _answer(link: socket.socket) -> None:
 
 def _ask_mptcp(link: socket.socket) -> str:
     return f"mptcp {int(link.getsockopt(socket.SOL_SOCKET, SO_PROTOCOL) == MPTCP)}"
+
+
+def _ask_cut(link: socket.socket) -> str:
+    """How long it is said to be in ever smaller buffers, of which each has as much of it as it takes, and no more."""
+    size, lengths = _size(link), []
+    whole = _getsockopt(link, socket.IPPROTO_TCP, CARRIER, size)[0][:size]
+    for room in (size + 8, size, size - 1, 3, 0):
+        data, length = _getsockopt(link, socket.IPPROTO_TCP, CARRIER, room)
+        beginning = whole[:room]
+        lengths.append(str(length) if data == beginning + b"?" * (len(data) - len(beginning)) else repr(data))
+    return f"lengths {' '.join(lengths)}"
 
 
 def _disconnect(link: socket.socket) -> None:
@@ -134,6 +192,7 @@ def _ask_listening(link: socket.socket) -> str:
 _answers = {
     b"n": lambda link: f"name {_named(link.getpeername())} carrier {carrier(link)}",
     b"m": _ask_mptcp,
+    b"c": _ask_cut,
     b"d": _ask_disconnected,
     b"l": _ask_listening,
 }
