@@ -92,6 +92,13 @@ def test_a_segment_outside_of_the_window_names_nobody(room: BpfRoom, wrong: str)
     assert app.says() == [f"name {call} carrier {call}"]
 
 
+def test_an_answer_that_says_more_than_it_writes(room: BpfRoom) -> None:
+    """Every getsockopt() of the host passes here; this is how one asks how much room there has to be."""
+    length = room.server.call("toa:groups", room=100)
+    assert 4 <= length < 100
+    assert room.server.call("toa:groups", room=0) == length
+
+
 # --- the loader
 
 

@@ -406,8 +406,11 @@ int toa_getsockopt(struct bpf_sockopt *ctx)
 	return 1;
 
 not_ours:
-	/* An answer of more than a page does not fit in here: 0 says that the kernel's own counts. */
-	if (ctx->optlen > 4096)
+	/*
+	 * An answer can be longer than the caller's buffer, or than the page of it that is seen here. To the kernel such a
+	 * length is an error of ours, unless it is 0: then its own answer counts.
+	 */
+	if (ctx->optlen > end - to)
 		ctx->optlen = 0;
 	return 1;
 }

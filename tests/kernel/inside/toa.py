@@ -53,6 +53,13 @@ def _getsockopt(link: socket.socket, level: int, option: int, room: int) -> tupl
     return buffer.raw[: room + 40], length.value
 
 
+def groups(room: int) -> int:
+    """How long a netlink socket says that the list of its groups is, whatever room there is for it."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as link:
+        link.bind((0, 1))
+        return _getsockopt(link, 270, 9, room)[1]  # SOL_NETLINK, NETLINK_LIST_MEMBERSHIPS
+
+
 def carriers(address: str, nobody: str) -> dict[str, str]:
     """What TCP_TOA_CARRIER says of sockets in all states, at an address of this host and one that does not answer."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
