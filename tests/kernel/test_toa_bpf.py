@@ -174,6 +174,20 @@ def test_trust_and_kinds_are_replaced_as_a_whole(room: BpfRoom) -> None:
     shows(six, room.peer.call(4).open(named(CLIENT[4])), CLIENT[4], six=True)
 
 
+def test_a_full_list_is_loaded_again(room: BpfRoom) -> None:
+    """Older kernels have no room in it even for what is there; one prefix makes room for another."""
+    app = room.app(6)
+    full = {4: [f"10.0.{n}.0/24" for n in range(64)], 6: [f"fd00:{n:x}::/32" for n in range(64)]}
+    for family in FAMILIES:
+        room.configure(trusted=" ".join(full[family]))
+        room.toa_bpf("load")
+        shows(app, room.peer.call(family).open(named(CLIENT[family])), CLIENT[family], six=True)
+        room.configure(trusted=" ".join([*full[family][:2], *full[family][3:], FAR[family]]))
+        shows(app, room.peer.call(family).open(named(CLIENT[family])), six=True)
+        call = room.peer.call(family, source=FAR[family])
+        shows(app, call.open(named(CLIENT[family])), CLIENT[family], six=True)
+
+
 def test_a_wrong_configuration_changes_nothing(room: BpfRoom) -> None:
     room.guest.write(
         CONFIG,

@@ -34,6 +34,7 @@
 
 struct prefix {
 	int family;
+	bool there;	/* in the map */
 	struct toa_prefix key;
 };
 
@@ -248,24 +249,30 @@ static int read_config(struct config *config)
 
 /* --- maps */
 
-static bool wanted(const struct config *config, int family, const struct toa_prefix *key)
+static struct prefix *find(struct config *config, int family, const struct toa_prefix *key)
 {
 	size_t size = family == AF_INET ? 8 : sizeof(*key);
 
 	for (unsigned int n = 0; n < config->prefixes; n++)
 		if (config->prefix[n].family == family && !memcmp(&config->prefix[n].key, key, size))
-			return true;
-	return false;
+			return &config->prefix[n];
+	return NULL;
 }
 
-/* Prefixes that are no longer trusted go before others come: there is room, and never more trust than in either list. */
-static int set_trusted(const struct config *config, int map, int family)
+/*
+ * Prefixes that are no longer trusted go before others come: there is room, and never more trust than in either list.
+ * Those that stay are not written again: older kernels have no room in a full map even for what is there.
+ */
+static int set_trusted(struct config *config, int map, int family)
 {
 	struct toa_prefix key = {}, next = {};
+	struct prefix *found;
 	char one = 1;
 
 	for (bool first = true; !bpf_map_get_next_key(map, first ? NULL : &key, &next);) {
-		if (wanted(config, family, &next)) {
+		found = find(config, family, &next);
+		if (found) {
+			found->there = true;
 			key = next;
 			first = false;
 		} else {
@@ -276,7 +283,7 @@ static int set_trusted(const struct config *config, int map, int family)
 		}
 	}
 	for (unsigned int n = 0; n < config->prefixes; n++)
-		if (config->prefix[n].family == family &&
+		if (config->prefix[n].family == family && !config->prefix[n].there &&
 		    bpf_map_update_elem(map, &config->prefix[n].key, &one, BPF_ANY))
 			return fail("adding a trusted prefix: %s", strerror(errno));
 	return 0;
