@@ -191,14 +191,16 @@ def test_a_full_list_is_loaded_again(room: BpfRoom) -> None:
 def test_a_wrong_configuration_changes_nothing(room: BpfRoom) -> None:
     room.guest.write(
         CONFIG,
-        "trusted = 10.0.0.1/8, 10.0.0.0/33 host\nkinds = 254 2 x 256\ncarrier = maybe\n\nthrusted = 10.0.0.0/8\n"
+        "trusted = 10.0.0.1/8, 10.0.0.0/33 host ::ffff:10.0.0.0/104 ::ffff:10.0.0.1\nkinds = 254 2 x 256\n"
+        "carrier = maybe\n\nthrusted = 10.0.0.0/8\n"
         "cgroup = here\nwords # a comment\n",
     )
     for command in ("check", "load"):
         done = room.toa_bpf(command, check=False)
         assert done.status == 1
         places = re.findall(r"toa-bpf\.conf:(\d+): ", done.err)
-        assert places == ["1"] * 3 + ["2"] * 3 + ["3", "5", "6", "7"], done.err
+        assert places == ["1"] * 5 + ["2"] * 3 + ["3", "5", "6", "7"], done.err
+        assert ": write 10.0.0.0/8\n" in done.err and ": write 10.0.0.1/32\n" in done.err
     app = room.app(4)
     shows(app, room.peer.call(4).open(named(CLIENT[4])), CLIENT[4])
     room.guest.write(CONFIG, "cgroup = /proc\n")

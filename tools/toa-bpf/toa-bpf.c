@@ -114,8 +114,9 @@ static int number(const char *text, int most)
 
 static void read_prefix(struct config *config, int line, char *word)
 {
+	static const unsigned char mapped[12] = {[10] = 0xff, [11] = 0xff};
 	struct prefix found = {.family = AF_INET};
-	char *slash = strchr(word, '/');
+	char *slash = strchr(word, '/'), four[INET_ADDRSTRLEN];
 	unsigned char *bytes = (unsigned char *)found.key.addr;
 	int most = 32, len;
 
@@ -143,6 +144,12 @@ static void read_prefix(struct config *config, int line, char *word)
 			wrong(config, line, "%s/%d: bits behind the length are set", word, len);
 			return;
 		}
+	}
+	if (found.family == AF_INET6 && !memcmp(bytes, mapped, sizeof(mapped))) {
+		inet_ntop(AF_INET, bytes + sizeof(mapped), four, sizeof(four));
+		wrong(config, line, "%s/%d is v4-mapped and would match nobody: write %s/%d", word, len, four,
+		      len - 8 * (int)sizeof(mapped));
+		return;
 	}
 	found.key.len = len;
 	config->prefix[config->prefixes++] = found;
