@@ -23,10 +23,14 @@ Plan = dict[str, Any]
 
 
 def ask(address: str, port: int, timeout: float) -> str:
-    """One page by HTTP/1.0; returns its body."""
-    end = time.monotonic() + timeout
-    with socket.create_connection((address, port), timeout=timeout) as link:
-        return page(link, address, end)
+    """One page by HTTP/1.0; returns its body. A time-out says what did not come: with SYNPROXY, always the answer."""
+    end, missing = time.monotonic() + timeout, "connection"
+    try:
+        with socket.create_connection((address, port), timeout=timeout) as link:
+            missing = "answer"
+            return page(link, address, end)
+    except TimeoutError:
+        raise TimeoutError(f"no {missing}") from None
 
 
 def page(link: socket.socket, host: str, end: float) -> str:
