@@ -14,7 +14,6 @@ from invoke.collection import Collection
 from image import bake
 from kernel import bench, defence, develop, scale
 from kernel import build as kernel_build
-from pipeline import clean as cleaning
 from pipeline import doctor as doctoring
 from pipeline import series as series_tasks
 from pipeline import sources, testing
@@ -136,9 +135,7 @@ def doctor(_c: Any) -> None:
 )
 def clean(_c: Any, store: bool = False, keep_results: int = 0) -> None:
     """Remove what is in out/ but for packages, unpacked trees and a lab; with --store the artefact store's results."""
-    cleaning.clean(Store() if store else None, keep_results)
-    if store:
-        bake.clean_abandoned()
+    bake.clean(keep_results, the_store=store)
 
 
 # --- sources

@@ -14,6 +14,7 @@ from image.base import Recipe, roles
 from kernel import build as kernels
 from kernel import develop
 from pipeline import bundle as bundles
+from pipeline import clean as cleaning
 from pipeline import progress, repository, rpm, run, settings, status, store
 from pipeline.debroot import Root, require_root
 from pipeline.errors import BuildError
@@ -255,6 +256,15 @@ def show_plan(stages: Sequence[Stage]) -> None:
     """Say what a run would build, and do nothing."""
     for text in status.table(status.report(stages, Store())):
         print(text)
+
+
+def clean(keep: int, *, the_store: bool) -> None:
+    """Clean `out/`, or the store of all but the `keep` newest results of each stage and of what killed runs left."""
+    if the_store:
+        cleaning.clean_store(Store(), keep)
+        clean_abandoned()
+    else:
+        cleaning.clean_out(settings.out())
 
 
 def clean_abandoned() -> None:

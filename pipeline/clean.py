@@ -15,14 +15,6 @@ KEPT = {
 _LAB = "state.json"  # in every lab's folder, whatever its name (provision.lab.state)
 
 
-def clean(store: Store | None, keep: int) -> None:
-    """Clean `out/`, or with a store that store instead."""
-    if store:
-        clean_store(store, keep)
-    else:
-        clean_out(settings.out())
-
-
 def clean_out(out: Path) -> None:
     """Remove the finished artefacts; the trees of `invoke unpack` stay, the repository of packages, and a lab."""
     for path in sorted(out.iterdir()) if out.is_dir() else []:

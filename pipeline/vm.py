@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from pipeline import progress, run
+from pipeline import progress, qmp, run
 from pipeline.errors import BuildError
 
 QEMU = "qemu-system-x86_64"
@@ -470,7 +470,7 @@ class Machine:
             if self.network:
                 self._write_ssh_config()
             run.wait_until(
-                lambda process=process: process.poll() is not None or listening(self._control / "q"),  # type: ignore[misc]
+                lambda process=process: process.poll() is not None or qmp.listening(self._control / "q"),  # type: ignore[misc]
                 deadline=20.0,
                 what=f"machine {self.name}: QEMU did not start",
                 hint=f"read {log}",
@@ -727,38 +727,3 @@ def _strip_escapes(text: str) -> str:
 def _comma(path: Path) -> str:
     """A path inside a QEMU option, where a comma is doubled."""
     return str(path).replace(",", ",,")
-
-
-def monitor(control: Path, command: str, **arguments: object) -> object:
-    """Ask a running QEMU for something by its control socket (QMP), and return what it answers.
-
-    Raises:
-        BuildError: nobody listens there, or QEMU refuses.
-    """
-    what = f"QEMU's {command} at {control}"
-    try:
-        with socket.socket(socket.AF_UNIX) as link:
-            link.settimeout(30)
-            link.connect(str(control))
-            with link.makefile("rw", encoding="utf-8") as stream:
-                stream.readline()  # the greeting
-                for words in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": arguments}):
-                    stream.write(json.dumps(words) + "\n")
-                    stream.flush()
-                    answer = json.loads(stream.readline() or "{}")
-                    while "event" in answer:
-                        answer = json.loads(stream.readline() or "{}")
-    except (OSError, ValueError) as error:
-        raise BuildError(f"{what}: {error}", "does the machine run?") from None
-    if "return" not in answer:
-        raise BuildError(f"{what}: {answer.get('error', {}).get('desc', 'no answer')}", "does the machine run?")
-    return answer["return"]
-
-
-def listening(control: Path) -> bool:
-    """Whether QEMU's main loop runs: only then does its control socket greet, everything on its command line taken."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as link:
-        link.settimeout(5)
-        link.connect(str(control))
-        return b"QMP" in link.recv(256)
-    return False

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pipeline import progress, run, settings, vm
+from pipeline import progress, qmp, run, settings, vm
 from pipeline.debroot import Root, tree
 from pipeline.errors import BuildError
 from pipeline.store import Store, remove_tree
@@ -316,7 +316,7 @@ class Lab:
 
     def plug(self, name: str, nic: str, *, into: bool) -> None:
         """Pull a machine's cable out of a NIC, or plug it in: both ends see it."""
-        vm.monitor(Path(self.state.sockets) / name / "q", "set_link", name=nic, up=into)
+        qmp.monitor(Path(self.state.sockets) / name / "q", "set_link", name=nic, up=into)
         link, found = next((link, plug) for link, plug in self.topology.plugs(name) if plug.nic == nic)
         self.space(SWITCH).ip(f"link set {self.port(link, found)} {'up' if into else 'down'}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import run, settings, vm
+from pipeline import qmp, run, settings, vm
 from pipeline.debroot import tree
 from pipeline.store import Store
 from provision.lab import lab as labs
@@ -98,7 +98,7 @@ def test_a_machines_cable_is_plugged_in_and_pulled(lab: Lab) -> None:
     assert not any(carriers().values())
     with run.start(argv, log=lab.folder / "qemu.log") as process:
         lab.state.processes["lvs-1"] = Running.of(process.pid)
-        run.wait_until(lambda: vm.listening(sockets / "q"), deadline=60, what="QEMU", hint="-", tail_of=process.tail)
+        run.wait_until(lambda: qmp.listening(sockets / "q"), deadline=60, what="QEMU", hint="-", tail_of=process.tail)
         assert all(carriers().values())
         # In our own network, not in the switch's: there its ssh port is forwarded from.
         assert os.readlink(f"/proc/{process.pid}/ns/net") == os.readlink("/proc/self/ns/net")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from image import bake
-from pipeline import run, settings, vm
+from pipeline import qmp, run, settings, vm
 from pipeline.errors import BuildError
 from pipeline.store import Store
 from provision import cluster as clusters
@@ -257,11 +257,11 @@ def test_a_machine_is_known_before_it_is_up(lab: labs.Lab, monkeypatch: pytest.M
         while_starting.append(runs(lab.folder))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(vm, "listening", interrupt)
+    monkeypatch.setattr(qmp, "listening", interrupt)
     with pytest.raises(KeyboardInterrupt):
         lab.start_machine("rs-2")
     assert "rs-2" in while_starting[0] and "rs-2" not in runs(lab.folder)
-    monkeypatch.setattr(vm, "listening", lambda _: True)
+    monkeypatch.setattr(qmp, "listening", lambda _: True)
     lab.start_machine("rs-2")
     lab.close()
     assert "rs-2" in runs(lab.folder)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import run, seed, vm
+from pipeline import qmp, run, seed, vm
 from pipeline.errors import BuildError
 
 TCG = vm.Accelerator("tcg", "qemu64", 6.0, "no kvm")
@@ -318,14 +318,14 @@ def test_qemu_is_asked_by_its_control_socket(tmp_path: Path) -> None:
         listener.listen()
         thread = threading.Thread(target=serve, args=(listener,))
         thread.start()
-        assert vm.monitor(tmp_path / "q", "set_link", name="eth0", up=False) == {}
-        assert vm.monitor(tmp_path / "q", "query-status") == {"status": "running"}
+        assert qmp.monitor(tmp_path / "q", "set_link", name="eth0", up=False) == {}
+        assert qmp.monitor(tmp_path / "q", "query-status") == {"status": "running"}
         with pytest.raises(BuildError, match="The command frobnicate has not been found"):
-            vm.monitor(tmp_path / "q", "frobnicate")
+            qmp.monitor(tmp_path / "q", "frobnicate")
         thread.join(10)
     assert heard[1] == {"execute": "set_link", "arguments": {"name": "eth0", "up": False}}
     with pytest.raises(BuildError, match=r"QEMU's stop at .*/none: \[Errno 2\]"):
-        vm.monitor(tmp_path / "none", "stop")
+        qmp.monitor(tmp_path / "none", "stop")
 
 
 # --- a machine that others look after
