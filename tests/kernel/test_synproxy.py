@@ -194,6 +194,24 @@ def test_the_server_refuses(wired: Wired) -> None:
     wired.net.director.wait_until(lambda: not wired.net.director.connections(), "the end of the entry")
 
 
+@pytest.mark.parametrize("why", ["port", "prohibited"])
+def test_a_firewall_refuses(wired: Wired, why: str) -> None:
+    """By ICMP, about a SYN that the client has not sent: nobody else's number is believed, and no way is no refusal."""
+    refusals = {"port": {4: (3, 3), 6: (1, 4)}, "prohibited": {4: (3, 10), 6: (1, 1)}}
+    ends = wired.ends()
+    synack = wired.answer(ends)
+    ack(wired, ends, synack)
+    syn = wired.at_server("S")
+    source = wired.server.address(wired.family)
+    other = packets.tcp(syn.ends, "S", seq=syn.seq + 1)
+    for (kind, code), about in ((refusals[why][wired.family], other), ({4: (3, 1), 6: (1, 0)}[wired.family], syn.data)):
+        wired.server.send(packets.error(source, syn.source, kind, code, about))
+    wired.client.wire.silence(lambda p: p.protocol == packets.TCP and p.flags == "R", "a reset of the client")
+    wired.server.send(packets.error(source, syn.source, *refusals[why][wired.family], syn.data))
+    assert wired.at_client(ends, "R").seq == (synack.seq + 1) % M
+    wired.net.director.wait_until(lambda: not wired.net.director.connections(), "the end of the entry")
+
+
 def test_the_server_is_silent(wired: Wired) -> None:
     """The SYN is repeated, with back-off, and then the client is told."""
     wired.net.director.ip_vs_sysctl("synproxy_syn_retry", 1)
@@ -234,6 +252,23 @@ def test_the_client_gives_up(wired: Wired) -> None:
     wired.client.send(packets.tcp(ends, "R", seq=synack.ack))
     assert wired.at_server("R").seq
     wired.net.director.wait_until(lambda: not wired.net.director.connections(), "the end of the entry")
+
+
+def test_another_client_of_the_same_port_while_the_server_is_silent(wired: Wired) -> None:
+    """Behind a NAT, or after a crash: the first one's reset was lost, and its connection is not the second one's."""
+    ends = wired.ends()
+    first = wired.answer(ends)
+    ack(wired, ends, first, b"first")
+    old = wired.at_server("S")
+    second = wired.answer(ends, isn=5000)
+    wired.client.send(packets.tcp(ends, "A", seq=second.ack, ack=second.seq + 77))  # no cookie, which ends nothing
+    wired.server.wire.silence(lambda p: p.protocol == packets.TCP and p.flags != "S", "anything but SYNs")
+    ack(wired, ends, second, b"second")
+    assert wired.at_server("R").seq == (old.seq + 1) % M
+    new = wired.server.wire.expect(lambda p: p.protocol == packets.TCP and p.seq != old.seq, "the second one's SYN")
+    assert new.flags == "S"
+    wired.server.send(packets.tcp(new.ends.back, "SA", seq=7000, ack=new.seq + 1, option=options(mss(1460))))
+    assert wired.at_server("PA").payload == b"second"
 
 
 def test_the_servers_syn_ack_is_repeated(wired: Wired) -> None:

@@ -9,7 +9,8 @@ import pytest
 from tests.kernel import packets
 from tests.kernel.cookies import FULL, PAIRS, M, Wired, ack, opened, protect
 from tests.kernel.packets import NOPS, Ends, Packet, mss, options, sack, wscale
-from tests.kernel.topology import FAMILIES, Site
+from tests.kernel.talk import Bare
+from tests.kernel.topology import FAMILIES, Site, service
 
 pytestmark = [pytest.mark.build, pytest.mark.guest]
 
@@ -152,6 +153,67 @@ def test_the_resets_of_one_that_was_idle(site: Callable[..., Site], family: int)
     reset = wired.client.wire.expect(lambda p: p.ends == ends.back and p.flags == "R", "the client's reset", 10)
     assert reset.seq == (synack.seq + 2) % M
     assert wired.at_server("R").seq == (syn.seq + 1) % M
+
+
+def remove(wired: Wired) -> None:
+    real = service(wired.server.address(wired.family), 80)
+    wired.net.director.ipvsadm("-d", "-t", service(wired.net.vip(wired.family), 80), "-r", real)
+
+
+@pytest.mark.parametrize("nodest", [0, 1])
+def test_the_client_of_a_server_that_was_removed(wired: Wired, nodest: int) -> None:
+    """Its next segment is no cookie, which nobody would answer; what it does not know yet is in no RST's number."""
+    wired.net.director.ip_vs_sysctl("expire_nodest_conn", nodest)
+    ends, synack, syn, _ = opened(wired, FULL, options(mss(1460)))
+    for n in range(2):
+        wired.server.send(packets.tcp(syn.ends.back, "PA", seq=7001 + n, ack=syn.seq + 1, data=b"x"))
+        wired.at_client(ends, "PA")
+    wired.client.send(packets.tcp(ends, "A", seq=synack.ack, ack=synack.seq + 2))
+    wired.at_server("A")
+    remove(wired)
+    wired.client.wire.silence(lambda p: p.protocol == packets.TCP, "anything before the client speaks")
+    wired.client.send(packets.tcp(ends, "PA", seq=synack.ack, ack=synack.seq + 3, data=b"more"))
+    if nodest:
+        assert wired.at_client(ends, "R").seq == (synack.seq + 3) % M
+        wired.net.director.wait_until(lambda: not wired.net.director.connections(), "the end of the entry")
+    else:
+        wired.client.wire.silence(lambda p: p.protocol == packets.TCP, "an answer")
+    wired.server.wire.silence(lambda p: p.protocol == packets.TCP, "anything at the server")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_idle_client_of_a_server_that_was_removed(site: Callable[..., Site], family: int) -> None:
+    wired = Wired.of(site, family, "-b", "-V", "2")
+    wired.net.director.ip_vs_sysctl("expire_nodest_conn", 1)
+    ends, synack, syn, _ = opened(wired, FULL, options(mss(1460)))
+    wired.server.send(packets.tcp(syn.ends.back, "PA", seq=7001, ack=syn.seq + 1, data=b"x"))
+    wired.at_client(ends, "PA")
+    wired.client.send(packets.tcp(ends, "A", seq=synack.ack, ack=synack.seq + 2))
+    wired.at_server("A")
+    remove(wired)
+    reset = wired.client.wire.expect(lambda p: p.ends == ends.back and p.flags == "R", "the client's reset", 10)
+    assert reset.seq == (synack.seq + 2) % M
+    assert (wired.counted("rst_out_established"), wired.counted("rst_in_established")) == (1, 0)
+
+
+@pytest.mark.parametrize("data", [b"", b"a request"])
+def test_a_server_is_removed_before_it_answers(wired: Wired, data: bytes) -> None:
+    """A request that was sent can be sent again; who waits for the server to speak is told."""
+    other = Bare(wired.net, 1, back=True)
+    wired.net.director.ip_vs_sysctl("expire_nodest_conn", 1)
+    ends = wired.ends()
+    synack = wired.answer(ends)
+    ack(wired, ends, synack, data)
+    wired.at_server("S")
+    where, real = service(wired.net.vip(wired.family), 80), service(other.address(wired.family), 80)
+    wired.net.director.ipvsadm("-a", "-t", where, "-r", real, wired.method)
+    remove(wired)
+    if not data:
+        assert wired.at_client(ends, "R").seq == (synack.seq + 1) % M
+        return
+    wired.net.director.wait_until(lambda: not wired.net.director.connections(), "the end of the entry")
+    ack(wired, ends, synack, data)
+    other.wire.expect(lambda p: p.target == other.address(wired.family) and p.flags == "S", "a SYN at the other one")
 
 
 # --- a port that is used again
