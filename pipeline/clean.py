@@ -7,8 +7,10 @@ from pathlib import Path
 from pipeline import progress, settings
 from pipeline.store import Store, remove_tree
 
-# What nothing could make again.
+_RUNS = "machines may run on its disks; invoke lab-down{} removes it"
+# What nothing could make again, or what somebody may be using.
 KEPT = {
+    "lab": _RUNS.format(""),
     "work": "it may hold commits that are nowhere else; remove it by hand",
     "repository": "it has older versions of packages, which are nowhere else; remove it by hand",
 }
@@ -31,7 +33,7 @@ def clean_out(out: Path) -> None:
 def _kept(path: Path) -> str:
     """Why something in `out/` must not go, or nothing."""
     if (path / _LAB).exists():
-        return f"machines may run on its disks; invoke lab-down --dir {path} removes it"
+        return _RUNS.format(f" --dir {path}")
     # A crash of `publish` leaves the repository under another name: .repository.old
     name = path.name.removeprefix(".").partition(".")[0] if path.name.startswith(".") else path.name
     return KEPT.get(name, "")

@@ -20,6 +20,7 @@ def laid_out(out: Path) -> None:
         (out / lab).mkdir()
         (out / lab / "state.json").write_text("{}")
         (out / f".{lab}.lock").touch()
+    (out / "lab" / "state.json").unlink()  # lost, and its machines run on
     # What an interrupted publication leaves, with the only copy of what is in it.
     (out / ".repository.old").mkdir()
     for file in ("cluster-stories.md", "lab.cluster.yaml.old"):
@@ -33,8 +34,7 @@ def test_artefacts_go_and_what_a_person_uses_stays(tmp_path: Path) -> None:
     left = sorted(p.name for p in tmp_path.iterdir())
     assert left == [".lab.lock", ".other.lock", ".repository.old", "lab", "other", "repository", "work"]
     assert (tmp_path / "repository" / "x86_64" / "older.rpm").exists()
-    for lab in ("lab", "other"):
-        assert (tmp_path / lab / "state.json").exists()
+    assert (tmp_path / "other" / "state.json").exists()
     assert (tmp_path / "work" / "kernel-lvs" / "mine.c").read_text() == "a day's work"
 
 

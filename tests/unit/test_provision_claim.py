@@ -282,6 +282,19 @@ def test_an_error_says_how_to_log_in_as_it_did(
     assert remote.login(host, Path(config) if config else None) == line
 
 
+@pytest.mark.network_local
+def test_an_error_of_the_connection_says_so_too(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    data = copy.deepcopy(VRRP)
+    data["directors"][0] |= {"ssh": f"127.0.0.1:{port}"}
+    (config := tmp_path / "config").touch()
+    opened = remote.opener(config)(load(tmp_path, data).directors[0])
+    with pytest.raises(BuildError, match="lvs-1: no connection") as caught, opened:
+        pass
+    assert caught.value.hint.startswith(f"ssh -F {config} -p {port} root@127.0.0.1 ")
+
+
 # --- two masters
 
 

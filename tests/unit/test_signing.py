@@ -41,6 +41,13 @@ def test_the_generated_key_is_not_in_the_store(monkeypatch: pytest.MonkeyPatch) 
     assert signing.default_file() == Path.home() / ".local/share/lvsforge/signing-key.asc"
 
 
+def test_a_key_that_is_named_from_here(monkeypatch: pytest.MonkeyPatch, secret: Path) -> None:
+    """A sandbox binds it by its path, from wherever that runs."""
+    monkeypatch.chdir(secret.parent)
+    monkeypatch.setenv(VARIABLE, secret.name)
+    assert SigningKey.find().file == secret
+
+
 def test_the_named_key(monkeypatch: pytest.MonkeyPatch, secret: Path, tmp_path: Path) -> None:
     monkeypatch.setenv(VARIABLE, str(secret))
     key = SigningKey.find()
