@@ -120,6 +120,19 @@ class Check:
     status: int = 200
     host: str | None = None
 
+    def revival(self, delay_loop: int) -> int:
+        """Seconds in which keepalived has found a real server again at the latest, once it can be reached.
+
+        A try under way has its time-out, and the next comes after a round. By HTTP the page that failed is asked for
+        first, and all pages a round later (check_http.c, epilog); its delay_before_retry is 3 s where none is said.
+        """
+        if self.kind == "none":
+            return 0
+        if self.kind == "tcp":
+            return self.connect_timeout + delay_loop
+        retry = 3 if self.delay_before_retry is None else self.delay_before_retry
+        return self.connect_timeout + max(delay_loop, retry) + delay_loop
+
 
 @dataclass(frozen=True)
 class Destination:

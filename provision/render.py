@@ -42,6 +42,7 @@ _GATEWAY_METRIC = 254 << 24
 _SERVICE = "@SERVICE@"
 # The folders whose files hold passwords, and who must be able to read them: the routing daemons run as frr.
 _OWNERS: Mapping[str, str] = {"/etc/keepalived": "root", "/etc/quagga": "frr"}
+_LONGEST_UP_DELAY = 255  # keepalived.conf(5), interface_up_down_delays
 _SECRET_MODE = 0o640
 _RENDERED_MODE = 0o644  # the other templates hold no secrets, and operators read these without sudo
 
@@ -129,6 +130,7 @@ class Renderer:
                         cluster=self.cluster,
                         services=services,
                         announced=self._announced,
+                        settling=self._settling,
                         networks=lambda version, host=host: self._networks(host, version),
                     ),
                 )
@@ -181,6 +183,19 @@ class Renderer:
                 "vips": [vip for vip in vips if vip.version == first],
                 "excluded": [vip for vip in vips if vip.version != first],
             }
+
+    def _settling(self, host: Host, services: Sequence[Service]) -> int:
+        """Seconds for which VRRP does not count the downlink as up when it is: real servers are found again until then.
+
+        0 where no instance looks at it. A second more than the checks may take is for their answers.
+        """
+        assert isinstance(host, Director)  # noqa: S101  real servers have no services
+        links = {"uplink": host.uplink, "downlink": host.downlink}
+        if not any(each.track or links[each.interface] == host.downlink for each in self.cluster.instances):
+            return 0
+        checks = (each.check.revival(service.delay_loop) for service in services for each in service.real_servers)
+        slowest = max(checks, default=0)
+        return min(slowest + 1, _LONGEST_UP_DELAY) if slowest else 0
 
     def _announced(self, version: int) -> list[Network]:
         return [prefix for prefix in self.cluster.vip_prefixes if prefix.version == version]

@@ -20,7 +20,7 @@ import yaml
 from pipeline import recipe, run, seed
 from provision import cluster as model
 from provision import render
-from provision.model import Director
+from provision.model import Check, Director
 
 TOP = Path(__file__).parent.parent.parent
 CASES = sorted(p for p in (TOP / "tests/cases/render").iterdir() if p.is_dir())
@@ -168,6 +168,40 @@ def test_a_master_gives_vips_away_when_its_other_interface_is_dead(
             text = (tmp_path / "out" / host / "rootfs/etc/keepalived/web.conf").read_text(encoding="utf-8")
             found = re.findall(r"    track_interface \{\n        (\S+)\n    \}\n", text)
             assert found == ([tracked] if tracked and track else [])
+            # The pages of `web` are asked for every 2 s, and then once more; a try may take 2 s.
+            text = (tmp_path / "out" / host / "rootfs/etc/keepalived/keepalived.conf").read_text(encoding="utf-8")
+            found = re.findall(r"^interface_up_down_delays \{\n    (.+)\n\}$", text, re.MULTILINE)
+            alone = downlink == "eth1" and interface == "uplink" and not track
+            assert found == ([] if alone else [f"{downlink} 0 7"])
+
+
+@pytest.mark.parametrize(
+    ("check", "seconds"),
+    [
+        (Check("none"), 0),
+        (Check("tcp", connect_timeout=5), 12),
+        (Check("tcp", connect_timeout=5, delay_before_retry=30), 12),
+        (Check("http", connect_timeout=3), 17),
+        (Check("https", connect_timeout=3, delay_before_retry=10), 20),
+    ],
+)
+def test_how_long_a_check_takes_to_find_a_real_server_again(check: Check, seconds: int) -> None:
+    assert check.revival(7) == seconds
+
+
+def test_a_link_is_up_for_vrrp_after_the_slowest_check(tmp_path: Path) -> None:
+    data = yaml.safe_load((TOP / "provision/examples/lab-vrrp.yaml").read_text(encoding="utf-8"))
+    for delay_loop, seconds in ((60, 2 + 60 + 60 + 1), (200, 255)):
+        data["services"][0]["delay_loop"] = delay_loop
+        (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+        render.render_cluster(tmp_path / "cluster.yaml", tmp_path / "out")
+        text = (tmp_path / "out/lvs-1/rootfs/etc/keepalived/keepalived.conf").read_text(encoding="utf-8")
+        assert f"    eth1 0 {seconds}\n" in text
+    for service in data["services"]:
+        service["check"] = {"none": True}
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    render.render_cluster(tmp_path / "cluster.yaml", tmp_path / "out")
+    assert "delays" not in (tmp_path / "out/lvs-1/rootfs/etc/keepalived/keepalived.conf").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("priority", [None, 0, 7])
