@@ -67,6 +67,17 @@ def test_real_stacks(site: Callable[..., Site], family: int, method: str) -> Non
 # --- the SYN
 
 
+def test_answers_obey_ipsec_policies(wired: Wired) -> None:
+    """What a policy wants encrypted or kept back does not leave in clear text."""
+    source, target = wired.net.vip(wired.family), wired.client.address(wired.family)
+    policy = ("xfrm", "policy", "add", "src", source, "dst", target, "dir", "out", "action", "block")
+    wired.net.director.run("ip", *policy)
+    wired.client.send(packets.tcp(wired.ends(), "S", seq=1000, option=FULL))
+    wired.client.wire.silence(lambda p: p.protocol == packets.TCP, "an answer")
+    wired.net.director.run("ip", "xfrm", "policy", "flush")
+    wired.answer(wired.ends())
+
+
 def test_a_syn_leaves_nothing(wired: Wired) -> None:
     for _ in range(5):
         wired.answer(wired.ends())

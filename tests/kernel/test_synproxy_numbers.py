@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from tests.kernel import packets
-from tests.kernel.cookies import FULL, PAIRS, M, Wired, ack, opened, protect
+from tests.kernel.cookies import FULL, METHODS, PAIRS, M, Wired, ack, opened, protect
 from tests.kernel.packets import NOPS, Ends, Packet, mss, options, sack, wscale
 from tests.kernel.talk import Bare
-from tests.kernel.topology import FAMILIES, Site, service
+from tests.kernel.topology import FAMILIES, Site, service, url
 
 pytestmark = [pytest.mark.build, pytest.mark.guest]
 
@@ -160,32 +160,82 @@ def remove(wired: Wired) -> None:
     wired.net.director.ipvsadm("-d", "-t", service(wired.net.vip(wired.family), 80), "-r", real)
 
 
-@pytest.mark.parametrize("nodest", [0, 1])
-def test_the_client_of_a_server_that_was_removed(wired: Wired, nodest: int) -> None:
-    """Its next segment is no cookie, which nobody would answer; what it does not know yet is in no RST's number."""
-    wired.net.director.ip_vs_sysctl("expire_nodest_conn", nodest)
-    ends, synack, syn, _ = opened(wired, FULL, options(mss(1460)))
-    for n in range(2):
+def before(wired: Wired) -> tuple[Ends, Packet, Packet]:
+    """A connection from when the service was not protected: ends, SYN-ACK at the client, SYN at the server."""
+    assert protect(wired.net, wired.family, on=False) == "ok"
+    ends = wired.ends()
+    wired.client.send(packets.tcp(ends, "S", seq=1000, option=options(mss(1400))))
+    syn = wired.at_server("S")
+    wired.server.send(packets.tcp(syn.ends.back, "SA", seq=7000, ack=syn.seq + 1, option=options(mss(1460))))
+    synack = wired.at_client(ends, "SA")
+    wired.client.send(packets.tcp(ends, "A", seq=synack.ack, ack=synack.seq + 1))
+    wired.at_server("A")
+    assert protect(wired.net, wired.family) == "ok"
+    return ends, synack, syn
+
+
+BEGUN: dict[str, Callable[[Wired], tuple[Ends, Packet, Packet]]] = {
+    "before": before,
+    "protected": lambda wired: opened(wired, FULL, options(mss(1460)))[:3],
+}
+
+
+@pytest.mark.parametrize("begun", BEGUN)
+def test_the_client_of_a_server_that_was_removed(wired: Wired, begun: str) -> None:
+    """Each of its segments is answered, as long as any comes: they are no cookies, which nobody would answer."""
+    wired.net.director.ip_vs_sysctl("expire_nodest_conn", 1)
+    ends, synack, syn = BEGUN[begun](wired)
+    for n in range(3):
         wired.server.send(packets.tcp(syn.ends.back, "PA", seq=7001 + n, ack=syn.seq + 1, data=b"x"))
         wired.at_client(ends, "PA")
-    wired.client.send(packets.tcp(ends, "A", seq=synack.ack, ack=synack.seq + 2))
-    wired.at_server("A")
     remove(wired)
     wired.client.wire.silence(lambda p: p.protocol == packets.TCP, "anything before the client speaks")
-    wired.client.send(packets.tcp(ends, "PA", seq=synack.ack, ack=synack.seq + 3, data=b"more"))
-    if nodest:
-        assert wired.at_client(ends, "R").seq == (synack.seq + 3) % M
-        wired.net.director.wait_until(lambda: not wired.net.director.connections(), "the end of the entry")
-    else:
-        wired.client.wire.silence(lambda p: p.protocol == packets.TCP, "an answer")
+    # What it says of data that it gets one after the other: only the last reset has the number that it waits for.
+    for seen in (2, 3, 4, 4):
+        wired.client.send(packets.tcp(ends, "PA", seq=synack.ack, ack=synack.seq + seen, data=b"more"))
+        assert wired.at_client(ends, "R").seq == (synack.seq + seen) % M
+        wired.server.wire.silence(lambda p: p.protocol == packets.TCP, "anything at the server", 0.1)
+    (row,) = wired.net.director.connections()
+    assert row.state == "CLOSE"
+    other = Bare(wired.net, 1, back=True)
+    where, real = service(wired.net.vip(wired.family), 80), service(other.address(wired.family), 80)
+    wired.net.director.ipvsadm("-a", "-t", where, "-r", real, wired.method)
+    ack(wired, ends, wired.answer(ends, isn=90_000), b"anew")
+    other.wire.expect(lambda p: p.target == other.address(wired.family) and p.flags == "S", "a SYN at the other one")
+
+
+def test_a_forged_segment_takes_no_reset_from_the_client(wired: Wired) -> None:
+    wired.net.director.ip_vs_sysctl("expire_nodest_conn", 1)
+    ends, synack, _, _ = opened(wired, FULL, options(mss(1460)))
+    remove(wired)
+    wired.client.send(packets.tcp(ends, "S", seq=77))
+    wired.client.send(packets.tcp(ends, "A", seq=synack.ack + 5000, ack=synack.seq + 77))
+    assert wired.at_client(ends, "R").seq == (synack.seq + 77) % M
+    wired.client.send(packets.tcp(ends, "A", seq=synack.ack, ack=synack.seq + 1))
+    assert wired.at_client(ends, "R").seq == (synack.seq + 1) % M
+
+
+def test_a_removed_server_may_come_back(wired: Wired) -> None:
+    """Without expire_nodest_conn its clients wait."""
+    wired.net.director.ip_vs_sysctl("expire_nodest_conn", 0)
+    ends, synack, _, _ = opened(wired, FULL, options(mss(1460)))
+    remove(wired)
+    more = packets.tcp(ends, "PA", seq=synack.ack, ack=synack.seq + 1, data=b"more")
+    wired.client.send(more)
+    wired.client.wire.silence(lambda p: p.protocol == packets.TCP, "an answer")
     wired.server.wire.silence(lambda p: p.protocol == packets.TCP, "anything at the server")
+    where, real = service(wired.net.vip(wired.family), 80), service(wired.server.address(wired.family), 80)
+    wired.net.director.ipvsadm("-a", "-t", where, "-r", real, wired.method)
+    wired.client.send(more)
+    assert wired.at_server("PA").payload == b"more"
 
 
+@pytest.mark.parametrize("begun", BEGUN)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_idle_client_of_a_server_that_was_removed(site: Callable[..., Site], family: int) -> None:
+def test_the_idle_client_of_a_server_that_was_removed(site: Callable[..., Site], family: int, begun: str) -> None:
     wired = Wired.of(site, family, "-b", "-V", "2")
     wired.net.director.ip_vs_sysctl("expire_nodest_conn", 1)
-    ends, synack, syn, _ = opened(wired, FULL, options(mss(1460)))
+    ends, synack, syn = BEGUN[begun](wired)
     wired.server.send(packets.tcp(syn.ends.back, "PA", seq=7001, ack=syn.seq + 1, data=b"x"))
     wired.at_client(ends, "PA")
     wired.client.send(packets.tcp(ends, "A", seq=synack.ack, ack=synack.seq + 2))
@@ -194,6 +244,26 @@ def test_the_idle_client_of_a_server_that_was_removed(site: Callable[..., Site],
     reset = wired.client.wire.expect(lambda p: p.ends == ends.back and p.flags == "R", "the client's reset", 10)
     assert reset.seq == (synack.seq + 2) % M
     assert (wired.counted("rst_out_established"), wired.counted("rst_in_established")) == (1, 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_server_is_removed_in_the_midst_of_a_download(site: Callable[..., Site], family: int, method: str) -> None:
+    """Where data are on their way, resets cross them."""
+    net = site(servers=1, gateway=method == "-m")
+    net.serve(size=8_000_000)
+    net.balance(family, method, locals_=1 if method == "-b" else 0)
+    assert protect(net, family) == "ok"
+    net.director.ip_vs_sysctl("expire_nodest_conn", 1)
+    client = net.clients[0]
+    client.run("tc", "qdisc", "add", "dev", "eth0", "root", "netem", "delay", "50ms")  # as on the Internet
+    words = ("--silent", "--show-error", "--globoff", "--limit-rate", "200k", "-o", "/dev/null")
+    job = client.start("curl", *words, url(net.vip(family), "/bulk"))
+    net.director.wait_until(lambda: any(c.state == "ESTABLISHED" for c in net.director.connections()), "the download")
+    net.director.ipvsadm("-d", "-t", service(net.vip(family), 80), "-r", service(net.server(family), 80))
+    done = job.wait(10, check=False)
+    assert done.status == 56, str(done)  # CURLE_RECV_ERROR
+    assert "reset" in done.err
 
 
 @pytest.mark.parametrize("data", [b"", b"a request"])
