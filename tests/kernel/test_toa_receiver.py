@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 
-from tests.kernel.lab import Lab
+from tests.kernel.lab import Lab, Namespace
 from tests.kernel.machine import Failed, Guest
 from tests.kernel.naming import CLIENT, CPORT, DEFAULT, FAR, MSS, NEAR, SERVER, Room, mapped, named, shows
 from tests.kernel.receivers import Scenarios
@@ -29,6 +31,32 @@ class ModuleRoom(Room):
 def room(lab: Lab, guest: Guest) -> Room:
     guest.run("modprobe", "toa", seconds=20)
     return ModuleRoom(lab)
+
+
+Setter = Callable[[str, str], None]
+
+
+@pytest.fixture
+def host(guest: Guest) -> Iterator[Setter]:
+    """Sets a list where the machine booted. All rooms begin with what is there, so that it is put back.
+
+    Asked for before `lab`, it outlives what a test left running.
+    """
+    guest.run("modprobe", "toa", seconds=20)
+
+    def write(name: str, text: str) -> None:
+        guest.write(f"/proc/sys/net/toa/{name}", text + "\n")
+
+    kept = {name: guest.read(f"/proc/sys/net/toa/{name}").strip() for name in ("trusted", "kinds")}
+    yield write
+    if guest.alive:
+        for name, text in kept.items():
+            write(name, text)
+
+
+def lists(server: Namespace) -> tuple[str, str]:
+    """Whom it believes, and which kinds of option."""
+    return server.sysctl("net.toa.trusted"), server.sysctl("net.toa.kinds")
 
 
 class TestModule(Scenarios):
@@ -156,7 +184,48 @@ def test_each_namespace_has_its_own(room: Room, lab: Lab) -> None:
     assert "syn_recv_sock_no_toa 0" in " ".join(other.read("/proc/net/toa_stats").split())
 
 
+def test_a_new_namespace_begins_with_the_hosts_lists(host: Setter, guest: Guest, lab: Lab) -> None:
+    """Else who tells a host whom to believe has containers that believe their neighbours."""
+    early = lab.namespace("early")
+    host("trusted", f"{FAR[4]} {FAR[6]}")
+    host("kinds", "200")
+    room = ModuleRoom(lab)
+    assert lists(room.server) == (f"{FAR[4]}/32,{FAR[6]}/128", "200")
+    assert lists(early) == (DEFAULT, "253,254")
+    host("trusted", DEFAULT)
+    host("kinds", "253 254")
+    app = room.app(6)
+    for f in FAMILIES:
+        shows(app, room.peer.call(f, source=FAR[f]).open(named(CLIENT[f], kind=200)), CLIENT[f], six=True)
+        shows(app, room.peer.call(f).open(named(CLIENT[f], kind=200)), six=True)
+        shows(app, room.peer.call(f, source=FAR[f]).open(named(CLIENT[f])), six=True)
+    room.trust("")
+    assert guest.read("/proc/sys/net/toa/trusted").strip() == DEFAULT
+
+
+def test_namespaces_begin_while_the_hosts_list_changes(host: Setter, guest: Guest, lab: Lab) -> None:
+    """Each has one of the lists as a whole, and nobody reads one that is gone."""
+    full = [",".join(f"10.{n}.{m}.0/24" for n in range(64)) for m in range(2)]
+    host("trusted", full[0])
+    loop = 'while :; do echo "$1" >"$0"; echo "$2" >"$0"; done'
+    writer = guest.start("sh", "-c", loop, "/proc/sys/net/toa/trusted", *full)
+    for n in range(10):
+        assert lab.namespace(f"n{n}").sysctl("net.toa.trusted") in full
+    assert writer.poll() is None
+    writer.stop()
+
+
 # --- loading and unloading
+
+
+def test_the_module_comes_to_namespaces_that_exist(host: Setter, guest: Guest, room: Room) -> None:
+    """All begin with the defaults, as the machine's own namespace does."""
+    host("trusted", FAR[4])
+    room.trust("")
+    guest.run("rmmod", "toa", seconds=20)
+    guest.run("modprobe", "toa", seconds=20)
+    assert guest.read("/proc/sys/net/toa/trusted").strip() == DEFAULT
+    assert lists(room.server) == (DEFAULT, "253,254")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
