@@ -99,6 +99,14 @@ def test_an_answer_that_says_more_than_it_writes(room: BpfRoom) -> None:
     assert room.server.call("toa:groups", room=0) == length
 
 
+def test_an_error_stays_the_kernels_own(room: BpfRoom) -> None:
+    """With what it wrote, which can be how much room there has to be; kernels before 5.18 would take zeros of ours."""
+    for _ in range(2):
+        refused = room.server.call("toa:refusals")
+        assert refused == {"too little room": ["ERANGE", 12, ""], "no such option": ["ENOPROTOOPT", 8, ""]}
+        room.toa_bpf("unload")
+
+
 # --- the loader
 
 

@@ -407,10 +407,11 @@ int toa_getsockopt(struct bpf_sockopt *ctx)
 
 not_ours:
 	/*
-	 * An answer can be longer than the caller's buffer, or than the page of it that is seen here. To the kernel such a
-	 * length is an error of ours, unless it is 0: then its own answer counts.
+	 * At 0 nothing is copied to the caller, and the kernel's own answer counts. Where that is an error, kernels before 5.18
+	 * would else copy zeros over the buffer, and over the length that some errors answer. And an answer can be longer than
+	 * the buffer, or than the page of it that is seen here, which to the kernel is an error of ours.
 	 */
-	if (ctx->optlen > end - to)
+	if (ctx->retval || ctx->optlen > end - to)
 		ctx->optlen = 0;
 	return 1;
 }

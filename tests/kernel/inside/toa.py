@@ -39,18 +39,24 @@ def carrier(link: socket.socket) -> str:
     return f"{socket.inet_ntop(family, at)} {port}"
 
 
-def _getsockopt(link: socket.socket, level: int, option: int, room: int) -> tuple[bytes, int]:
-    """Ask with a buffer of so many bytes: it, with 40 more behind it, all of them `?` before; the length that is said.
-
-    Python's own believes in that length.
+def _try_getsockopt(link: socket.socket, level: int, option: int, room: int) -> tuple[int, bytes, int]:
+    """Ask with a buffer of so many bytes: the error (0 for none); the buffer, with 40 more behind it, all of them `?`
+    before; the length that is said, in which Python's own believes.
     """
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
     buffer, length = ctypes.create_string_buffer(b"?" * (room + 40)), ctypes.c_int(room)
-    if libc.getsockopt(link.fileno(), level, option, buffer, ctypes.byref(length)) != 0:
-        raise OSError(ctypes.get_errno(), "getsockopt")
-    return buffer.raw[: room + 40], length.value
+    failed = libc.getsockopt(link.fileno(), level, option, buffer, ctypes.byref(length)) != 0
+    return ctypes.get_errno() if failed else 0, buffer.raw[: room + 40], length.value
+
+
+def _getsockopt(link: socket.socket, level: int, option: int, room: int) -> tuple[bytes, int]:
+    """As `_try_getsockopt`, where an error is one."""
+    error, data, length = _try_getsockopt(link, level, option, room)
+    if error:
+        raise OSError(error, "getsockopt")
+    return data, length
 
 
 def groups(room: int) -> int:
@@ -58,6 +64,22 @@ def groups(room: int) -> int:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as link:
         link.bind((0, 1))
         return _getsockopt(link, 270, 9, room)[1]  # SOL_NETLINK, NETLINK_LIST_MEMBERSHIPS
+
+
+def refusals() -> dict[str, list[Any]]:
+    """Of getsockopt() calls that fail with room for 8 bytes: the error, the length that is said, what was written."""
+    os.setgroups([1, 2, 3])  # a socket's peer can ask for them
+    left, right = socket.socketpair()
+    with left, right, socket.socket() as link:
+        asked = {
+            "too little room": (left, socket.SOL_SOCKET, 59),  # SO_PEERGROUPS
+            "no such option": (link, socket.IPPROTO_TCP, 9999),
+        }
+        found: dict[str, list[Any]] = {}
+        for name, (each, level, option) in asked.items():
+            error, data, length = _try_getsockopt(each, level, option, 8)
+            found[name] = [errno.errorcode.get(error, error), length, data.strip(b"?").hex()]
+    return found
 
 
 def carriers(address: str, nobody: str) -> dict[str, str]:
