@@ -158,6 +158,14 @@ class Scenarios:
         whole, cut = ([size] * 5, [size, size, size - 1, 3, 0])
         assert app.says(2)[1] in [f"lengths {' '.join(map(str, lengths))}" for lengths in (whole, cut)]
 
+    def test_a_carrier_on_the_same_link(self, room: Room) -> None:
+        """Its address means nothing without the device."""
+        room.server.ip("addr add fe80::11/64 dev eth0 nodad")
+        found = room.server.call("toa:scopes", address="fe80::11", device="eth0")
+        assert set(found) == {"connected", "accepted"}
+        for name, told in found.values():
+            assert told == name and not name.endswith(" 0")
+
     @pytest.mark.parametrize("family", FAMILIES)
     def test_nobody_carries_what_is_not_connected(self, room: Room, family: int) -> None:
         """Kernels that do not know the option say so."""

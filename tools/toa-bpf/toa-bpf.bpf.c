@@ -392,6 +392,9 @@ int toa_getsockopt(struct bpf_sockopt *ctx)
 		name.in6.sin6_addr.s6_addr32[1] = sk->dst_ip6[1];
 		name.in6.sin6_addr.s6_addr32[2] = sk->dst_ip6[2];
 		name.in6.sin6_addr.s6_addr32[3] = sk->dst_ip6[3];
+		/* fe80::/10 is on every device. */
+		if ((sk->dst_ip6[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000))
+			name.in6.sin6_scope_id = sk->bound_dev_if;
 	} else {
 		size = sizeof(name.in);
 		name.in.sin_family = AF_INET;

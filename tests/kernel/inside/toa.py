@@ -82,6 +82,23 @@ def refusals() -> dict[str, list[Any]]:
     return found
 
 
+def scopes(address: str, device: str) -> dict[str, list[str]]:
+    """Of both ends of a connection to this link-local address: what getpeername() says, and what TCP_TOA_CARRIER."""
+    found: dict[str, list[str]] = {}
+    with socket.socket(socket.AF_INET6) as listener, socket.socket(socket.AF_INET6) as link:
+        listener.bind((address, 0, 0, socket.if_nametoindex(device)))
+        listener.listen()
+        link.connect(listener.getsockname())
+        child, _ = listener.accept()
+        with child:
+            for name, each in (("connected", link), ("accepted", child)):
+                _, peer, _, scope = each.getpeername()
+                raw = each.getsockopt(socket.IPPROTO_TCP, CARRIER, _size(each))
+                told = struct.unpack_from("!H", raw, 2)[0], struct.unpack_from("=I", raw, 24)[0]
+                found[name] = [f"{peer} {scope}", f"{told[0]} {told[1]}"]
+    return found
+
+
 def carriers(address: str, nobody: str) -> dict[str, str]:
     """What TCP_TOA_CARRIER says of sockets in all states, at an address of this host and one that does not answer."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
