@@ -57,7 +57,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(max_entries, TOA_PREFIXES);
-	__type(key, struct toa_prefix);
+	__uint(key_size, sizeof(struct toa_prefix)); /* and no __type(): a trie has no BTF, which libbpf would warn of */
 	__uint(value_size, 1);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } toa_trusted6 SEC(".maps");
