@@ -150,19 +150,15 @@ found:
 	return 1;
 }
 
-/* The first option that names a client. bpf_load_hdr_opt() would insist on a magic number behind kind 253 and 254. */
-static __always_inline int find(struct bpf_sock_ops *ctx, struct toa_client *client)
+/* Where the first option is that names a client, or 0 */
+static __always_inline __u32 locate(const __u8 *data, const __u8 *end, const struct toa_kinds *kinds)
 {
-	const __u8 *data = ctx->skb_data, *end = ctx->skb_data_end;
-	__u32 zero = 0, at = HEADER;
-	struct toa_kinds *kinds;
+	struct toa_client client;
+	__u32 at = HEADER;
 
-	kinds = bpf_map_lookup_elem(&toa_kinds, &zero);
-	if (!kinds)
-		return 0;
 	for (int n = 0; n < OPTIONS; n++) {
 		const __u8 *option;
-		__u32 length;
+		__u32 length = 1;
 
 		/*
 		 * It is no more than that anyway. Said in this way the verifier knows the same of it in every round, where
@@ -172,16 +168,13 @@ static __always_inline int find(struct bpf_sock_ops *ctx, struct toa_client *cli
 		option = data + at;
 		if (option + 1 > end || option[0] == 0)
 			return 0;
-		if (option[0] == 1) {
-			at++;
-			continue;
-		}
-		if (option + 2 > end || option[1] < 2)
-			return 0;
-		length = option[1];
-		if (length == 8 || length == 20) {
-			if (kinds->bits[option[0] / 8] & 1 << option[0] % 8 && read_client(option, length, end, client))
-				return 1;
+		if (option[0] != 1) {
+			if (option + 2 > end || option[1] < 2)
+				return 0;
+			length = option[1];
+			if ((length == 8 || length == 20) && kinds->bits[option[0] / 8] & 1 << option[0] % 8 &&
+			    read_client(option, length, end, &client))
+				return at;
 		}
 		at += length;
 		if (at > HEADER + OPTIONS)
@@ -190,34 +183,54 @@ static __always_inline int find(struct bpf_sock_ops *ctx, struct toa_client *cli
 	return 0;
 }
 
+/*
+ * The client that the segment names. bpf_load_hdr_opt() would insist on a magic number behind kind 253 and 254.
+ *
+ * To the verifier every way out of the loop is one through all that follows, unless they are alike: so what comes out is a
+ * place, and what is there is read afterwards. And this is called once, as each call is a loop of its own.
+ */
+static __always_inline int find(struct bpf_sock_ops *ctx, struct toa_client *client)
+{
+	const __u8 *data = ctx->skb_data, *end = ctx->skb_data_end, *option;
+	struct toa_kinds *kinds;
+	__u32 zero = 0, at;
+
+	/* On a SYN, which begins a connection with Fast Open, the kinds have another meaning. */
+	kinds = ctx->skb_tcp_flags & TCP_SYN ? NULL : bpf_map_lookup_elem(&toa_kinds, &zero);
+	if (!kinds)
+		return 0;
+	at = locate(data, end, kinds);
+	asm volatile("%0 &= 63" : "+r"(at));
+	if (!at)
+		return 0;
+	option = data + at;
+	return option + 2 <= end && read_client(option, option[1], end, client);
+}
+
 /* What is kept for a socket: if nothing is, this client, which others see whole from the beginning. */
 static __always_inline struct toa_client *keep(void *sk, struct toa_client *client)
 {
 	return bpf_sk_storage_get(&toa_clients, sk, client, BPF_SK_STORAGE_GET_F_CREATE);
 }
 
-/* Keep who the segment names, for the socket and, if it is a subflow of MPTCP, for the one that programs have. */
-static __always_inline int take(struct bpf_sock_ops *ctx)
+/* Keep the client of a socket, and of the one that programs have if it is a subflow of MPTCP. */
+static __always_inline int name(struct bpf_sock *sk, struct toa_client *client)
 {
-	struct bpf_sock *sk = ctx->sk;
-	struct toa_client client = {}, *kept;
+	struct toa_client *kept = keep(sk, client);
 
-	if (!sk || !find(ctx, &client))
-		return 0;
-	kept = keep(sk, &client);
 	if (!kept) {
 		count(TOA_NO_MEMORY);
 		return 0;
 	}
 	/* Where it was kept as nameless. Whoever reads it has to lock the socket, which is locked now. */
-	*kept = client;
+	*kept = *client;
 	/* Kernels before 5.19 do not have it, and call what follows dead code. */
 	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_skc_to_mptcp_sock)) {
 		struct mptcp_sock *msk = bpf_skc_to_mptcp_sock(sk);
 
 		/* This one is not locked. What is kept, as a subflow that joins finds it, is not written again. */
 		if (msk)
-			keep(msk, &client);
+			keep(msk, client);
 	}
 	return 1;
 }
@@ -232,64 +245,83 @@ static __always_inline void watch(struct bpf_sock_ops *ctx, int on)
 		bpf_sock_ops_cb_flags_set(ctx, wanted);
 }
 
-static __always_inline void on_established(struct bpf_sock_ops *ctx)
+/*
+ * With Fast Open the kernel shows the SYN here, and never the segment that ends the handshake: the next one with an option
+ * names the client.
+ */
+static __always_inline void on_established(struct bpf_sock_ops *ctx, struct bpf_sock *sk, struct toa_client *client)
 {
-	struct toa_client forged = {}, nobody = {};
+	struct toa_client nobody = {};
 
-	/*
-	 * On a SYN, which begins a connection with Fast Open, the kinds have another meaning. The kernel does not show
-	 * the segment that ends such a handshake: the next one with an option names the client.
-	 */
 	if (!is_trusted(ctx)) {
-		if (!(ctx->skb_tcp_flags & TCP_SYN) && find(ctx, &forged))
+		if (client->family)
 			count(TOA_UNTRUSTED);
 		count(TOA_CHILD_NONE);
 		return;
 	}
-	if (!(ctx->skb_tcp_flags & TCP_SYN) && take(ctx)) {
+	if (client->family && name(sk, client)) {
 		count(TOA_CHILD);
 		return;
 	}
 	count(TOA_CHILD_NONE);
-	if (ctx->sk && keep(ctx->sk, &nobody))
+	if (keep(sk, &nobody))
 		watch(ctx, 1);
 }
 
-static __always_inline void on_segment(struct bpf_sock_ops *ctx)
+static __always_inline void on_segment(struct bpf_sock_ops *ctx, struct bpf_sock *sk, struct toa_client *client)
 {
-	struct bpf_sock *sk = ctx->sk;
-	struct toa_client *client;
-
-	if (!sk || (ctx->skb_tcp_flags & (TCP_SYN | TCP_RST)))
-		return;
-	/* Other programs may have asked for the segments of any socket; of ours this one must be accepted and nameless. */
-	client = bpf_sk_storage_get(&toa_clients, sk, NULL, 0);
-	if (!client || client->family || !is_trusted(ctx))
-		return;
-	if (take(ctx)) {
+	if (client->family && is_trusted(ctx) && name(sk, client)) {
 		count(TOA_LATER);
 		watch(ctx, 0);
 	}
 }
 
+static __always_inline void on_connect(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+
+	/* An accepted socket was disconnected and gets another peer. */
+	if (sk) {
+		bpf_sk_storage_delete(&toa_clients, sk);
+		watch(ctx, 0);
+	}
+}
+
+/* Other programs may have asked for the segments of any socket; of ours it must be accepted and nameless. */
+static __always_inline int is_nameless(struct bpf_sock *sk)
+{
+	struct toa_client *kept = sk ? bpf_sk_storage_get(&toa_clients, sk, NULL, 0) : NULL;
+
+	return kept && !kept->family;
+}
+
 SEC("sockops")
 int toa_sockops(struct bpf_sock_ops *ctx)
 {
+	struct toa_client client = {};
+	struct bpf_sock *sk;
+
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
-		on_established(ctx);
 		break;
 	case BPF_SOCK_OPS_PARSE_HDR_OPT_CB:
-		on_segment(ctx);
+		if (ctx->skb_tcp_flags & TCP_RST || !is_nameless(ctx->sk))
+			return 1;
 		break;
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
-		/* An accepted socket was disconnected and gets another peer. */
-		if (ctx->sk) {
-			bpf_sk_storage_delete(&toa_clients, ctx->sk);
-			watch(ctx, 0);
-		}
-		break;
+		on_connect(ctx);
+		return 1;
+	default:
+		return 1;
 	}
+	find(ctx, &client);
+	sk = ctx->sk;
+	if (!sk)
+		return 1;
+	if (ctx->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
+		on_established(ctx, sk, &client);
+	else
+		on_segment(ctx, sk, &client);
 	return 1;
 }
 
