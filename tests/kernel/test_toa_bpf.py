@@ -107,6 +107,15 @@ def test_an_error_stays_the_kernels_own(room: BpfRoom) -> None:
         room.toa_bpf("unload")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_other_programs_asked_for_stays(room: BpfRoom, family: int) -> None:
+    """A socket has one flag for all: of one that connects, and of one that was accepted when they had it already."""
+    cgroup = f"/sys/fs/cgroup/watched{family}"
+    flags = room.server.call("sockops:flags", address=SERVER[family], cgroup=cgroup)
+    room.guest.run("rmdir", cgroup)
+    assert flags == {"new": [0, 16], "accepted": [16, 16]}
+
+
 # --- the loader
 
 

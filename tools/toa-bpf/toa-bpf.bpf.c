@@ -223,6 +223,7 @@ static __always_inline int name(struct bpf_sock *sk, struct toa_client *client)
 		return 0;
 	}
 	/* Where it was kept as nameless. Whoever reads it has to lock the socket, which is locked now. */
+	client->watched = kept->watched;
 	*kept = *client;
 	/* Kernels before 5.19 do not have it, and call what follows dead code. */
 	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_skc_to_mptcp_sock)) {
@@ -235,14 +236,23 @@ static __always_inline int name(struct bpf_sock *sk, struct toa_client *client)
 	return 1;
 }
 
-static __always_inline void watch(struct bpf_sock_ops *ctx, int on)
+/* A socket has one flag for all programs: who asked for the segments before us goes on getting them after us. */
+static __always_inline void watch(struct bpf_sock_ops *ctx, struct toa_client *kept)
 {
 	__u32 flags = ctx->bpf_sock_ops_cb_flags;
-	__u32 wanted = on ? flags | BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG :
-			    flags & ~BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG;
 
-	if (flags != wanted)
-		bpf_sock_ops_cb_flags_set(ctx, wanted);
+	if (flags & BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG)
+		return;
+	bpf_sock_ops_cb_flags_set(ctx, flags | BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG);
+	kept->watched = 1;
+}
+
+static __always_inline void unwatch(struct bpf_sock_ops *ctx, struct toa_client *kept)
+{
+	if (!kept->watched)
+		return;
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG);
+	kept->watched = 0;
 }
 
 /*
@@ -251,7 +261,7 @@ static __always_inline void watch(struct bpf_sock_ops *ctx, int on)
  */
 static __always_inline void on_established(struct bpf_sock_ops *ctx, struct bpf_sock *sk, struct toa_client *client)
 {
-	struct toa_client nobody = {};
+	struct toa_client nobody = {}, *kept;
 
 	if (!is_trusted(ctx)) {
 		if (client->family)
@@ -264,48 +274,51 @@ static __always_inline void on_established(struct bpf_sock_ops *ctx, struct bpf_
 		return;
 	}
 	count(TOA_CHILD_NONE);
-	if (keep(sk, &nobody))
-		watch(ctx, 1);
+	kept = keep(sk, &nobody);
+	if (kept)
+		watch(ctx, kept);
 }
 
-static __always_inline void on_segment(struct bpf_sock_ops *ctx, struct bpf_sock *sk, struct toa_client *client)
+static __always_inline void on_segment(struct bpf_sock_ops *ctx, struct bpf_sock *sk, struct toa_client *client,
+				       struct toa_client *kept)
 {
 	if (client->family && is_trusted(ctx) && name(sk, client)) {
 		count(TOA_LATER);
-		watch(ctx, 0);
+		unwatch(ctx, kept);
 	}
 }
 
+/* An accepted socket was disconnected and gets another peer. For others that connect nothing is kept. */
 static __always_inline void on_connect(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
+	struct toa_client *kept = sk ? bpf_sk_storage_get(&toa_clients, sk, NULL, 0) : NULL;
 
-	/* An accepted socket was disconnected and gets another peer. */
-	if (sk) {
+	if (kept) {
+		unwatch(ctx, kept);
 		bpf_sk_storage_delete(&toa_clients, sk);
-		watch(ctx, 0);
 	}
 }
 
 /* Other programs may have asked for the segments of any socket; of ours it must be accepted and nameless. */
-static __always_inline int is_nameless(struct bpf_sock *sk)
+static __always_inline struct toa_client *nameless(struct bpf_sock *sk)
 {
 	struct toa_client *kept = sk ? bpf_sk_storage_get(&toa_clients, sk, NULL, 0) : NULL;
 
-	return kept && !kept->family;
+	return kept && !kept->family ? kept : NULL;
 }
 
 SEC("sockops")
 int toa_sockops(struct bpf_sock_ops *ctx)
 {
-	struct toa_client client = {};
+	struct toa_client client = {}, *kept;
 	struct bpf_sock *sk;
 
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		break;
 	case BPF_SOCK_OPS_PARSE_HDR_OPT_CB:
-		if (ctx->skb_tcp_flags & TCP_RST || !is_nameless(ctx->sk))
+		if (ctx->skb_tcp_flags & TCP_RST || !nameless(ctx->sk))
 			return 1;
 		break;
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
@@ -318,10 +331,13 @@ int toa_sockops(struct bpf_sock_ops *ctx)
 	sk = ctx->sk;
 	if (!sk)
 		return 1;
-	if (ctx->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
+	if (ctx->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB) {
 		on_established(ctx, sk, &client);
-	else
-		on_segment(ctx, sk, &client);
+		return 1;
+	}
+	kept = nameless(sk);
+	if (kept)
+		on_segment(ctx, sk, &client, kept);
 	return 1;
 }
 

@@ -7,7 +7,8 @@
 
 /* A client, in the storage of a socket. */
 struct toa_client {
-	__u16 family;	/* AF_INET, AF_INET6; 0: a later segment may name it */
+	__u8 family;	/* AF_INET, AF_INET6; 0: a later segment may name it */
+	__u8 watched;	/* it was us who asked for the socket's segments */
 	__be16 port;
 	__be32 addr[4];
 };

@@ -1,0 +1,107 @@
+"""A program of BPF beside those of toa-bpf, made by hand: it asks for the segments of sockets, as they do."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import struct
+from typing import Any
+
+# include/uapi/linux/bpf.h
+BPF, PROG_LOAD, PROG_ATTACH = 321, 5, 8  # bpf(2) on x86-64, and two of its commands
+SOCK_OPS, CGROUP_SOCK_OPS, ALLOW_MULTI = 13, 3, 2
+CONNECT, ESTABLISHED = 3, 5  # TCP_CONNECT_CB, PASSIVE_ESTABLISHED_CB
+PARSE_ALL = 16  # BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG
+OP, FLAGS = 0, 84  # in struct bpf_sock_ops
+SETSOCKOPT, FLAGS_SET = 49, 59  # helpers
+# Instructions
+LOAD, STORE, SET, COPY, ADD, OR, IS, IS_NOT, CALL, EXIT = 0x61, 0x63, 0xB7, 0xBF, 0x07, 0x47, 0x15, 0x55, 0x85, 0x95
+
+
+def _instruction(code: int, to: int = 0, of: int = 0, at: int = 0, value: int = 0) -> bytes:
+    return struct.pack("=BBhi", code, to | of << 4, at, value)
+
+
+_REPORT = [  # the flags that there are become the socket's priority, which it can be asked for
+    _instruction(LOAD, 2, 6, FLAGS),
+    _instruction(STORE, 10, 2, -4),
+    _instruction(COPY, 1, 6),
+    _instruction(SET, 2, value=socket.SOL_SOCKET),
+    _instruction(SET, 3, value=socket.SO_PRIORITY),
+    _instruction(COPY, 4, 10),
+    _instruction(ADD, 4, value=-4),
+    _instruction(SET, 5, value=4),
+    _instruction(CALL, value=SETSOCKOPT),
+]
+_ASK = [
+    _instruction(LOAD, 2, 6, FLAGS),
+    _instruction(OR, 2, value=PARSE_ALL),
+    _instruction(COPY, 1, 6),
+    _instruction(CALL, value=FLAGS_SET),
+]
+_PROGRAM = [
+    _instruction(COPY, 6, 1),
+    _instruction(LOAD, 2, 6, OP),
+    _instruction(IS, 2, at=len(_REPORT) + 1, value=ESTABLISHED),
+    _instruction(IS_NOT, 2, at=len(_REPORT) + len(_ASK), value=CONNECT),
+    *_REPORT,
+    *_ASK,
+    _instruction(SET, 0, value=1),
+    _instruction(EXIT),
+]
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def _checked(result: int, what: str) -> int:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), what)
+    return result
+
+
+def _bpf(command: int, attributes: bytes) -> int:
+    room = ctypes.create_string_buffer(attributes.ljust(128, b"\0"), 128)
+    return _checked(_LIBC.syscall(BPF, command, room, len(room)), f"bpf({command})")
+
+
+def _disconnect(link: socket.socket) -> None:
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
+    _checked(_LIBC.connect(link.fileno(), struct.pack("=H14x", socket.AF_UNSPEC), 16), "connect")
+
+
+def _join(cgroup: str) -> None:
+    """Have this process, and the program, in a cgroup of their own: what is there runs before what the root has."""
+    os.mkdir(cgroup)  # what one attaches to a cgroup stays there until it is removed
+    with open(f"{cgroup}/cgroup.procs", "w", encoding="utf-8") as stream:
+        stream.write("0")
+    code, license_ = ctypes.create_string_buffer(b"".join(_PROGRAM)), ctypes.create_string_buffer(b"GPL")
+    loaded = struct.pack("=IIQQ", SOCK_OPS, len(_PROGRAM), ctypes.addressof(code), ctypes.addressof(license_))
+    program = _bpf(PROG_LOAD, loaded)
+    place = os.open(cgroup, os.O_RDONLY)
+    _bpf(PROG_ATTACH, struct.pack("=IIII", place, program, CGROUP_SOCK_OPS, ALLOW_MULTI))
+
+
+def flags(address: str, cgroup: str) -> dict[str, list[int]]:
+    """Of a new socket and of one that was accepted at this address: the flags at each of two connect() calls."""
+    _join(cgroup)
+    found: dict[str, list[int]] = {}
+
+    def twice(link: socket.socket, target: Any) -> list[int]:
+        seen = []
+        for _ in range(2):
+            _disconnect(link)
+            link.connect(target)
+            seen.append(link.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY))
+        return seen
+
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, 0), family=family) as listener, socket.socket(family) as link:
+        found["new"] = twice(link, listener.getsockname())
+        with socket.create_server((address, 0), family=family) as other:
+            with socket.create_connection(other.getsockname()[:2]):
+                child, _ = other.accept()
+            with child:
+                found["accepted"] = twice(child, listener.getsockname())
+    return found
