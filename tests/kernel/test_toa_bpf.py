@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
+from tests.kernel import packets
 from tests.kernel.lab import Lab, Namespace
 from tests.kernel.machine import Done, Guest
-from tests.kernel.naming import CLIENT, CPORT, DEFAULT, FAR, MSS, NEAR, SERVER, Room, named, shows
-from tests.kernel.receivers import Scenarios, mount_for_bpf
+from tests.kernel.naming import CLIENT, CPORT, DEFAULT, FAR, MSS, NEAR, SERVER, Room, mapping, named, option, shows
+from tests.kernel.receivers import Scenarios, mount_for_bpf, multipath
 from tests.kernel.topology import FAMILIES
 
 pytestmark = [pytest.mark.build, pytest.mark.guest]
@@ -105,6 +107,46 @@ def test_an_error_stays_the_kernels_own(room: BpfRoom) -> None:
         refused = room.server.call("toa:refusals")
         assert refused == {"too little room": ["ERANGE", 12, ""], "no such option": ["ENOPROTOOPT", 8, ""]}
         room.toa_bpf("unload")
+
+
+@contextmanager
+def no_memory(room: BpfRoom) -> Iterator[None]:
+    """Nothing more can be kept for a socket. The limit is one for all namespaces before 6.8."""
+    path = "/proc/sys/net/core/optmem_max"
+    own = room.server.run("test", "-e", path, check=False).status == 0
+    where = room.server.handle if own else ""
+    before = room.guest.read(path, where)
+    room.guest.write(path, "0", where)
+    try:
+        yield
+    finally:
+        room.guest.write(path, before, where)
+
+
+def test_a_client_that_cannot_be_kept(room: BpfRoom) -> None:
+    app = room.app(4)
+    with no_memory(room):
+        call = room.peer.call(4).open(named(CLIENT[4]))
+        shows(app, call)
+    stats = room.stats()
+    assert (stats["no_memory_toa"], stats["syn_recv_sock_toa"], stats["syn_recv_sock_no_toa"]) == (1, 0, 1)
+
+
+def test_a_client_that_cannot_be_kept_for_mptcp(room: BpfRoom) -> None:
+    """The socket that programs have is without it, so the next option counts, although the subflow had room."""
+    app = room.app(4, mptcp=True)
+    call, mine, _ = multipath(room, 4, b"")
+    toa = packets.options(option(CLIENT[4]))
+    assert app.says(3)[2] == f"name {call} carrier {call}"
+    with no_memory(room):
+        call.send("A", option=toa)
+        call.say(b"n", packets.options(mapping(mine, 3, 1)))
+    assert app.says() == [f"name {call} carrier {call}"]
+    assert (room.stats()["no_memory_toa"], room.stats()["later_segment_toa"]) == (1, 0)
+    call.send("A", option=toa)
+    call.say(b"n", packets.options(mapping(mine, 4, 1)))
+    assert app.says() == [f"name {CLIENT[4]} {CPORT} carrier {call}"]
+    assert room.stats()["later_segment_toa"] == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -216,8 +216,22 @@ static __always_inline struct toa_client *keep(void *sk, struct toa_client *clie
 /* Keep the client of a socket, and of the one that programs have if it is a subflow of MPTCP. */
 static __always_inline int name(struct bpf_sock *sk, struct toa_client *client)
 {
-	struct toa_client *kept = keep(sk, client);
+	struct toa_client *kept;
 
+	/* Kernels before 5.19 do not have it, and call what follows dead code. */
+	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_skc_to_mptcp_sock)) {
+		struct mptcp_sock *msk = bpf_skc_to_mptcp_sock(sk);
+
+		/*
+		 * First, as it is the one that counts: where it cannot be kept, the subflow stays nameless, too, and its next
+		 * option is tried. It is not locked. What is kept, as a subflow that joins finds it, is not written again.
+		 */
+		if (msk && !keep(msk, client)) {
+			count(TOA_NO_MEMORY);
+			return 0;
+		}
+	}
+	kept = keep(sk, client);
 	if (!kept) {
 		count(TOA_NO_MEMORY);
 		return 0;
@@ -225,14 +239,6 @@ static __always_inline int name(struct bpf_sock *sk, struct toa_client *client)
 	/* Where it was kept as nameless. Whoever reads it has to lock the socket, which is locked now. */
 	client->watched = kept->watched;
 	*kept = *client;
-	/* Kernels before 5.19 do not have it, and call what follows dead code. */
-	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_skc_to_mptcp_sock)) {
-		struct mptcp_sock *msk = bpf_skc_to_mptcp_sock(sk);
-
-		/* This one is not locked. What is kept, as a subflow that joins finds it, is not written again. */
-		if (msk)
-			keep(msk, client);
-	}
 	return 1;
 }
 
