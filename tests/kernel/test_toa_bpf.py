@@ -252,19 +252,33 @@ def test_a_wrong_configuration_changes_nothing(room: BpfRoom) -> None:
         CONFIG,
         "trusted = 10.0.0.1/8, 10.0.0.0/33 host ::ffff:10.0.0.0/104 ::ffff:10.0.0.1\nkinds = 254 2 x 256\n"
         "carrier = maybe\n\nthrusted = 10.0.0.0/8\n"
-        "cgroup = here\nwords # a comment\n",
+        "cgroup = here\nwords # a comment\nkinds = 200\n",
     )
     for command in ("check", "load"):
         done = room.toa_bpf(command, check=False)
         assert done.status == 1
         places = re.findall(r"toa-bpf\.conf:(\d+): ", done.err)
-        assert places == ["1"] * 5 + ["2"] * 3 + ["3", "5", "6", "7"], done.err
+        assert places == ["1"] * 5 + ["2"] * 3 + ["3", "5", "6", "7", "8"], done.err
+        assert ":8: kinds is in line 2 already" in done.err
         assert ": write 10.0.0.0/8\n" in done.err and ": write 10.0.0.1/32\n" in done.err
     app = room.app(4)
     shows(app, room.peer.call(4).open(named(CLIENT[4])), CLIENT[4])
     room.guest.write(CONFIG, "cgroup = /proc\n")
     done = room.toa_bpf("load", check=False)
     assert (done.status, "no cgroup of version 2" in done.err) == (1, True)
+
+
+def test_what_cannot_be_read_is_no_empty_file(room: BpfRoom) -> None:
+    """Which would say that the defaults hold."""
+    room.trust(FAR[4])
+    room.guest.write("/tmp/zeros", "\0" * 100)  # noqa: S108  the guest's
+    for file, told in (("/etc", "/etc:1: Is a directory"), ("/tmp/zeros", "/tmp/zeros:1: this is no text")):  # noqa: S108
+        for command in ("check", "load"):
+            done = room.guest.run("toa-bpf", "-c", file, command, check=False, seconds=20)
+            assert (done.status, told in done.err) == (1, True)
+    app = room.app(4)
+    shows(app, room.peer.call(4).open(named(CLIENT[4])))
+    shows(app, room.peer.call(4, source=FAR[4]).open(named(CLIENT[4])), CLIENT[4])
 
 
 def test_without_the_option_for_the_carrier(room: BpfRoom) -> None:

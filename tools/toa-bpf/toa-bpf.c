@@ -38,9 +38,14 @@ struct prefix {
 	struct toa_prefix key;
 };
 
+enum key { TRUSTED, KINDS, CGROUP, CARRIER, KEYS };
+
+static const char *const keys[KEYS] = {"trusted", "kinds", "cgroup", "carrier"};
+
 struct config {
 	const char *path;
 	int errors;
+	int line[KEYS];	/* in which a key is; 0: in none */
 	char cgroup[4096];
 	bool carrier;
 	struct toa_kinds kinds;
@@ -183,25 +188,40 @@ static void read_words(struct config *config, int line, char *text,
 		one(config, line, word);
 }
 
-static void read_line(struct config *config, int line, const char *key, char *value)
+static void read_line(struct config *config, int line, const char *word, char *value)
 {
-	if (!strcmp(key, "trusted")) {
+	enum key key = 0;
+
+	while (key < KEYS && strcmp(word, keys[key]))
+		key++;
+	if (key < KEYS && config->line[key]) {
+		wrong(config, line, "%s is in line %d already", word, config->line[key]);
+		return;
+	}
+	if (key < KEYS)
+		config->line[key] = line;
+	switch (key) {
+	case TRUSTED:
 		config->prefixes = 0;
 		read_words(config, line, value, read_prefix);
-	} else if (!strcmp(key, "kinds")) {
+		break;
+	case KINDS:
 		memset(&config->kinds, 0, sizeof(config->kinds));
 		read_words(config, line, value, read_kind);
-	} else if (!strcmp(key, "cgroup")) {
+		break;
+	case CGROUP:
 		if (*value != '/' || strlen(value) >= sizeof(config->cgroup))
 			wrong(config, line, "the path of a cgroup is absolute");
 		else
 			strcpy(config->cgroup, value);
-	} else if (!strcmp(key, "carrier")) {
+		break;
+	case CARRIER:
 		if (strcmp(value, "yes") && strcmp(value, "no"))
 			wrong(config, line, "carrier is yes or no");
 		config->carrier = !strcmp(value, "yes");
-	} else {
-		wrong(config, line, "%s: no such key; there are trusted, kinds, cgroup, carrier", key);
+		break;
+	case KEYS:
+		wrong(config, line, "%s: no such key; there are trusted, kinds, cgroup, carrier", word);
 	}
 }
 
@@ -222,8 +242,10 @@ static char *trimmed(char *text)
 static int read_config(struct config *config)
 {
 	char trusted[] = "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7", kinds[] = "253 254";
+	ssize_t length;
 	char *text = NULL;
 	size_t room = 0;
+	int line, err = 0;
 	FILE *file;
 
 	strcpy(config->cgroup, "/sys/fs/cgroup");
@@ -233,9 +255,14 @@ static int read_config(struct config *config)
 	file = fopen(config->path, "re");
 	if (!file)
 		return fail("%s: %s", config->path, strerror(errno));
-	for (int line = 1; getline(&text, &room, file) >= 0; line++) {
+	for (line = 1; (length = getline(&text, &room, file)) >= 0; line++) {
 		char *key, *value, *hash = strchr(text, '#');
 
+		/* As in a file that a crash left without its text: what is behind it would not be seen. */
+		if (strlen(text) != (size_t)length) {
+			wrong(config, line, "this is no text: it has a byte 0");
+			continue;
+		}
 		if (hash)
 			*hash = '\0';
 		key = trimmed(text);
@@ -249,9 +276,12 @@ static int read_config(struct config *config)
 		*value++ = '\0';
 		read_line(config, line, trimmed(key), trimmed(value));
 	}
+	/* What is not read is no empty file, which says that the defaults hold. */
+	if (!feof(file))
+		err = fail("%s:%d: %s", config->path, line, strerror(errno));
 	free(text);
 	fclose(file);
-	return config->errors ? -1 : 0;
+	return config->errors ? -1 : err;
 }
 
 /* --- maps */
