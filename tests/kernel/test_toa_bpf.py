@@ -10,7 +10,7 @@ import pytest
 
 from tests.kernel import packets
 from tests.kernel.lab import Lab, Namespace
-from tests.kernel.machine import Done, Guest
+from tests.kernel.machine import Background, Done, Guest
 from tests.kernel.naming import CLIENT, CPORT, DEFAULT, FAR, MSS, NEAR, SERVER, Room, mapping, named, option, shows
 from tests.kernel.receivers import Scenarios, mount_for_bpf, multipath
 from tests.kernel.topology import FAMILIES
@@ -161,6 +161,22 @@ def test_what_other_programs_asked_for_stays(room: BpfRoom, family: int) -> None
 # --- the loader
 
 
+@contextmanager
+def storm(room: BpfRoom, family: int) -> Iterator[Background]:
+    """Connections by the dozen for the length of a block. Not one of them may be nameless."""
+    app = room.app(family, 90)
+    room.guest.run("rm", "-f", STOP)
+    job = room.peer.member.start_call(
+        "toa:storm", device="eth0", mac=room.peer.mac, source=NEAR[family], target=SERVER[family], port=90,
+        option=named(CLIENT[family]).hex(), seconds=60 * room.guest.scale, stop=STOP, least=30,
+    )  # fmt: skip
+    yield job
+    room.guest.write(STOP, "")
+    assert job.wait(seconds=60).result >= 30
+    names = {line.split()[1] for line in app.job.so_far().splitlines() if not line.startswith("error")}
+    assert names == {CLIENT[family]}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_restart_loses_nothing(room: BpfRoom, family: int) -> None:
     """What was named, what waits for a name, what is counted; under traffic, nobody is nameless."""
@@ -168,19 +184,10 @@ def test_a_restart_loses_nothing(room: BpfRoom, family: int) -> None:
     call = room.peer.call(family).open(named(CLIENT[family]))
     shows(app, call, CLIENT[family])
     waiting = room.peer.call(family).open()
-    storm_app = room.app(family, 90)
-    room.guest.run("rm", "-f", STOP)
-    storm = room.peer.member.start_call(
-        "toa:storm", device="eth0", mac=room.peer.mac, source=NEAR[family], target=SERVER[family], port=90,
-        option=named(CLIENT[family]).hex(), seconds=60 * room.guest.scale, stop=STOP, least=30,
-    )  # fmt: skip
-    for _ in range(3):
-        room.toa_bpf("load")
-        assert storm.poll() is None
-    room.guest.write(STOP, "")
-    assert storm.wait(seconds=60).result >= 30
-    names = {line.split()[1] for line in storm_app.job.so_far().splitlines() if not line.startswith("error")}
-    assert names == {CLIENT[family]}
+    with storm(room, family) as job:
+        for _ in range(3):
+            room.toa_bpf("load")
+            assert job.poll() is None
     call.say()
     assert app.says(2)[1] == f"name {CLIENT[family]} {CPORT} carrier {call}"
     waiting.say(b"n", named(CLIENT[family]))
@@ -231,6 +238,17 @@ def test_trust_and_kinds_are_replaced_as_a_whole(room: BpfRoom) -> None:
     shows(six, room.peer.call(4).open(named(CLIENT[4])), six=True)
     room.configure(trusted=DEFAULT)
     shows(six, room.peer.call(4).open(named(CLIENT[4])), CLIENT[4], six=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_who_is_in_both_lists_is_believed_at_every_moment(room: BpfRoom, family: int) -> None:
+    """By another prefix in each: what is new comes before what is old goes."""
+    wide, narrow = {4: ("10.0.0.0/8", "10.0.2.0/24"), 6: ("fd00::/8", "fd00:2::/64")}[family]
+    with storm(room, family) as job:
+        for trusted in (narrow, wide) * 5:
+            room.trust(trusted)
+            assert job.poll() is None
+    assert room.stats()["untrusted_toa"] == 0
 
 
 def test_a_full_list_is_loaded_again(room: BpfRoom) -> None:

@@ -117,6 +117,16 @@ static int number(const char *text, int most)
 	return value;
 }
 
+static struct prefix *find(struct config *config, int family, const struct toa_prefix *key)
+{
+	size_t size = family == AF_INET ? 8 : sizeof(*key);
+
+	for (unsigned int n = 0; n < config->prefixes; n++)
+		if (config->prefix[n].family == family && !memcmp(&config->prefix[n].key, key, size))
+			return &config->prefix[n];
+	return NULL;
+}
+
 static void read_prefix(struct config *config, int line, char *word)
 {
 	static const unsigned char mapped[12] = {[10] = 0xff, [11] = 0xff};
@@ -157,7 +167,8 @@ static void read_prefix(struct config *config, int line, char *word)
 		return;
 	}
 	found.key.len = len;
-	config->prefix[config->prefixes++] = found;
+	if (!find(config, found.family, &found.key))
+		config->prefix[config->prefixes++] = found;
 }
 
 static void read_kind(struct config *config, int line, char *word)
@@ -286,44 +297,53 @@ static int read_config(struct config *config)
 
 /* --- maps */
 
-static struct prefix *find(struct config *config, int family, const struct toa_prefix *key)
+/* Add so many prefixes that are not there yet. Older kernels have no room in a full map even for what is there. */
+static int add_trusted(struct config *config, int map, int family, unsigned int room)
 {
-	size_t size = family == AF_INET ? 8 : sizeof(*key);
+	char one = 1;
 
-	for (unsigned int n = 0; n < config->prefixes; n++)
-		if (config->prefix[n].family == family && !memcmp(&config->prefix[n].key, key, size))
-			return &config->prefix[n];
-	return NULL;
+	for (unsigned int n = 0; n < config->prefixes && room; n++) {
+		struct prefix *prefix = &config->prefix[n];
+
+		if (prefix->family != family || prefix->there)
+			continue;
+		if (bpf_map_update_elem(map, &prefix->key, &one, BPF_ANY))
+			return fail("adding a trusted prefix: %s", strerror(errno));
+		prefix->there = true;
+		room--;
+	}
+	return 0;
 }
 
 /*
- * Prefixes that are no longer trusted go before others come: there is room, and never more trust than in either list.
- * Those that stay are not written again: older kernels have no room in a full map even for what is there.
+ * New prefixes come before old ones go, so that a load balancer that is in both lists is trusted at every moment. Only
+ * where the map has no room for all of both lists, the rest of the new ones waits.
  */
 static int set_trusted(struct config *config, int map, int family)
 {
-	struct toa_prefix key = {}, next = {};
+	struct toa_prefix gone[TOA_PREFIXES], key, next;
+	unsigned int there = 0, going = 0;
 	struct prefix *found;
-	char one = 1;
 
-	for (bool first = true; !bpf_map_get_next_key(map, first ? NULL : &key, &next);) {
+	memset(&next, 0, sizeof(next));
+	while (!bpf_map_get_next_key(map, there ? &key : NULL, &next)) {
+		if (there++ == TOA_PREFIXES)
+			return fail("the list of trusted prefixes does not end: toa-bpf unload, toa-bpf load");
 		found = find(config, family, &next);
-		if (found) {
+		if (found)
 			found->there = true;
-			key = next;
-			first = false;
-		} else {
-			if (bpf_map_delete_elem(map, &next))
-				return fail("removing a trusted prefix: %s", strerror(errno));
-			memset(&key, 0, sizeof(key));
-			first = true; /* what a deleted key is followed by, is the kernel's guess */
-		}
+		else
+			gone[going++] = next;
+		key = next;
 	}
-	for (unsigned int n = 0; n < config->prefixes; n++)
-		if (config->prefix[n].family == family && !config->prefix[n].there &&
-		    bpf_map_update_elem(map, &config->prefix[n].key, &one, BPF_ANY))
-			return fail("adding a trusted prefix: %s", strerror(errno));
-	return 0;
+	if (errno != ENOENT)
+		return fail("reading the trusted prefixes: %s", strerror(errno));
+	if (add_trusted(config, map, family, TOA_PREFIXES - there))
+		return -1;
+	for (unsigned int n = 0; n < going; n++)
+		if (bpf_map_delete_elem(map, &gone[n]))
+			return fail("removing a trusted prefix: %s", strerror(errno));
+	return add_trusted(config, map, family, TOA_PREFIXES);
 }
 
 static int set_kinds(const struct config *config, int map)
