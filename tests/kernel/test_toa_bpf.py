@@ -212,18 +212,31 @@ def test_unload_and_load(room: BpfRoom) -> None:
     shows(app, room.peer.call(4).open(named(CLIENT[4])), CLIENT[4])
 
 
-def test_another_cgroup(room: BpfRoom) -> None:
-    """Only its programs see clients; moving there and back leaves nothing behind."""
-    app = room.app(4)
-    room.guest.run("mkdir", "-p", "/sys/fs/cgroup/elsewhere")
-    room.configure(cgroup="/sys/fs/cgroup/elsewhere")
-    call = room.peer.call(4).open(named(CLIENT[4]))
-    call.say()
-    assert app.says()[0] == f"accept {call}"
-    app.says()
+@pytest.fixture
+def elsewhere(room: BpfRoom) -> Iterator[str]:
+    """A cgroup below the root, and the programs there; the agent, of which every program is a child, is not in it."""
+    cgroup = "/sys/fs/cgroup/elsewhere"
+    room.guest.run("mkdir", cgroup)
+    room.configure(cgroup=cgroup)
+    yield cgroup
+    if room.guest.alive and "elsewhere" in room.guest.ask("listing", path="/sys/fs/cgroup"):
+        for process in room.guest.read(f"{cgroup}/cgroup.procs").split():
+            room.guest.write("/sys/fs/cgroup/cgroup.procs", process)
+        room.guest.run("rmdir", cgroup)
+
+
+def test_another_cgroup(room: BpfRoom, elsewhere: str) -> None:
+    """Only the sockets made in it show clients, wherever their programs go; moving back leaves nothing behind."""
+    outside = room.app(4)
+    room.guest.write(f"{elsewhere}/cgroup.procs", "1")
+    inside = room.app(4, 81)
+    room.guest.write("/sys/fs/cgroup/cgroup.procs", "1")
+    for app, port, told in ((outside, 80, ""), (inside, 81, f"accept {CLIENT[4]} {CPORT}")):
+        call = room.peer.call(4, port=port).open(named(CLIENT[4]))
+        call.say()
+        assert app.says(2)[0] == (told or f"accept {call}")
     room.configure()
-    room.guest.run("rmdir", "/sys/fs/cgroup/elsewhere")
-    shows(app, room.peer.call(4).open(named(CLIENT[4])), CLIENT[4])
+    shows(outside, room.peer.call(4).open(named(CLIENT[4])), CLIENT[4])
 
 
 def test_trust_and_kinds_are_replaced_as_a_whole(room: BpfRoom) -> None:
@@ -281,9 +294,35 @@ def test_a_wrong_configuration_changes_nothing(room: BpfRoom) -> None:
         assert ": write 10.0.0.0/8\n" in done.err and ": write 10.0.0.1/32\n" in done.err
     app = room.app(4)
     shows(app, room.peer.call(4).open(named(CLIENT[4])), CLIENT[4])
-    room.guest.write(CONFIG, "cgroup = /proc\n")
-    done = room.toa_bpf("load", check=False)
-    assert (done.status, "no cgroup of version 2" in done.err) == (1, True)
+
+
+@pytest.mark.parametrize("place", ["/proc", "/nowhere"])
+def test_a_wrong_cgroup_changes_nothing(room: BpfRoom, place: str) -> None:
+    """Neither whom one believes, nor which kinds of option count."""
+    told = "no cgroup of version 2" if place == "/proc" else "No such file or directory"
+    room.guest.write(CONFIG, f"trusted = {FAR[4]}\nkinds = 200\ncgroup = {place}\n")
+    for command in ("check", "load"):
+        done = room.toa_bpf(command, check=False)
+        assert (done.status, "toa-bpf.conf:3: " in done.err, told in done.err) == (1, True, True)
+    app = room.app(4)
+    shows(app, room.peer.call(4).open(named(CLIENT[4])), CLIENT[4])
+    shows(app, room.peer.call(4, source=FAR[4]).open(named(CLIENT[4])))
+    room.toa_bpf("unload")
+    assert room.toa_bpf("load", check=False).status == 1
+    assert room.guest.ask("listing", path="/sys/fs/bpf") == []
+
+
+def test_a_load_that_fails_leaves_nothing(room: BpfRoom) -> None:
+    """A part of the programs would be a server that says that it is loaded, and shows nobody."""
+    room.toa_bpf("unload")
+    room.guest.call("sockops:alone", cgroup="/sys/fs/cgroup", there=True)
+    failed = room.toa_bpf("load", check=False)
+    listing = room.guest.ask("listing", path="/sys/fs/bpf")
+    room.guest.call("sockops:alone", cgroup="/sys/fs/cgroup", there=False)
+    assert (failed.status, "attaching toa_sockops to /sys/fs/cgroup: " in failed.err) == (1, True)
+    assert listing == []
+    room.toa_bpf("load")
+    room.toa_bpf("stats")
 
 
 def test_what_cannot_be_read_is_no_empty_file(room: BpfRoom) -> None:

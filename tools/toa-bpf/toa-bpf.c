@@ -47,6 +47,8 @@ struct config {
 	int errors;
 	int line[KEYS];	/* in which a key is; 0: in none */
 	char cgroup[4096];
+	int directory;	/* the cgroup's, which is open */
+	__u64 number;	/* the cgroup's */
 	bool carrier;
 	struct toa_kinds kinds;
 	unsigned int prefixes;
@@ -93,7 +95,7 @@ __attribute__((format(printf, 3, 4))) static void wrong(struct config *config, i
 	va_list words;
 
 	va_start(words, format);
-	fprintf(stderr, "toa-bpf: %s:%d: ", config->path, line);
+	fprintf(stderr, line ? "toa-bpf: %s:%d: " : "toa-bpf: %s: ", config->path, line);
 	vfprintf(stderr, format, words);
 	fputc('\n', stderr);
 	va_end(words);
@@ -221,6 +223,7 @@ static void read_line(struct config *config, int line, const char *word, char *v
 		read_words(config, line, value, read_kind);
 		break;
 	case CGROUP:
+		config->cgroup[0] = '\0';
 		if (*value != '/' || strlen(value) >= sizeof(config->cgroup))
 			wrong(config, line, "the path of a cgroup is absolute");
 		else
@@ -247,6 +250,27 @@ static char *trimmed(char *text)
 		end--;
 	*end = '\0';
 	return text;
+}
+
+/* It is judged with the file, of which an error changes nothing, and not when there is something to attach to it. */
+static void open_cgroup(struct config *config)
+{
+	int line = config->line[CGROUP];
+	struct stat directory;
+	struct statfs about;
+
+	config->directory = open(config->cgroup, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (config->directory < 0 || fstat(config->directory, &directory) || fstatfs(config->directory, &about)) {
+		wrong(config, line, "cgroup %s: %s; name one that is there before, as the root is", config->cgroup,
+		      strerror(errno));
+		return;
+	}
+	if (about.f_type != CGROUP2_SUPER_MAGIC) {
+		wrong(config, line, "%s is no cgroup of version 2: findmnt -t cgroup2 shows what cgroup = should say",
+		      config->cgroup);
+		return;
+	}
+	config->number = directory.st_ino;
 }
 
 /* All of the file, with every error in it; what it does not say is as in the module. */
@@ -292,6 +316,8 @@ static int read_config(struct config *config)
 		err = fail("%s:%d: %s", config->path, line, strerror(errno));
 	free(text);
 	fclose(file);
+	if (!err && config->cgroup[0])
+		open_cgroup(config);
 	return config->errors ? -1 : err;
 }
 
@@ -355,6 +381,9 @@ static int set_kinds(const struct config *config, int map)
 
 /* --- links */
 
+static const char *const links[] = {"toa_sockops", "toa_getpeername4", "toa_getpeername6", "toa_getsockopt"};
+#define LINKS (sizeof(links) / sizeof(*links))
+
 static int pin_path(char *path, size_t size, const char *program)
 {
 	return snprintf(path, size, PINS "/link_%s", program) < (int)size ? 0 : -1;
@@ -369,7 +398,7 @@ static bool is_at(int link, __u64 cgroup)
 	return !bpf_obj_get_info_by_fd(link, &info, &size) && info.cgroup.cgroup_id == cgroup;
 }
 
-static int attach(struct bpf_program *program, int cgroup, __u64 id)
+static int attach(struct bpf_program *program, const struct config *config)
 {
 	const char *name = bpf_program__name(program);
 	char path[256];
@@ -379,25 +408,30 @@ static int attach(struct bpf_program *program, int cgroup, __u64 id)
 	if (pin_path(path, sizeof(path), name))
 		return -1;
 	old = bpf_obj_get(path);
-	if (old >= 0) {
-		if (is_at(old, id) && !bpf_link_update(old, bpf_program__fd(program), NULL)) {
-			close(old);
-			return 0;
-		}
+	if (old >= 0 && is_at(old, config->number) && !bpf_link_update(old, bpf_program__fd(program), NULL)) {
 		close(old);
-		/* Of another cgroup, or of one that is gone */
-		if (unlink(path))
-			return fail("%s: %s", path, strerror(errno));
+		return 0;
 	}
-	link = bpf_program__attach_cgroup(program, cgroup);
-	if (!link)
-		return fail("attaching %s: %s", name, strerror(errno));
-	err = bpf_link__pin(link, path);
+	link = bpf_program__attach_cgroup(program, config->directory);
+	if (!link) {
+		fail("attaching %s to %s: %s%s", name, config->cgroup, strerror(errno),
+		     errno == EPERM ? "; bpftool cgroup tree shows whose program there lets no other in" : "");
+		err = -1;
+		goto out;
+	}
+	/* Of another cgroup, or of one that is gone. Until now it has done its work. */
+	if (old >= 0 && unlink(path))
+		err = -errno;
+	else
+		err = bpf_link__pin(link, path);
 	if (err)
 		fail("pinning %s: %s", path, strerror(-err));
 	else
 		bpf_link__disconnect(link);
 	bpf_link__destroy(link);
+out:
+	if (old >= 0)
+		close(old);
 	return err;
 }
 
@@ -435,24 +469,34 @@ static int open_pins(void)
 
 static int attach_all(struct toa_bpf *programs, const struct config *config)
 {
-	struct statfs about;
-	struct stat directory;
-	int cgroup, err;
+	int err;
 
-	cgroup = open(config->cgroup, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (cgroup < 0 || fstat(cgroup, &directory) || fstatfs(cgroup, &about))
-		return fail("%s: %s", config->cgroup, strerror(errno));
-	if (about.f_type != CGROUP2_SUPER_MAGIC)
-		return fail("%s is no cgroup of version 2: correct cgroup in the configuration", config->cgroup);
-	err = attach(programs->progs.toa_getpeername4, cgroup, directory.st_ino);
+	err = attach(programs->progs.toa_getpeername4, config);
 	if (!err)
-		err = attach(programs->progs.toa_getpeername6, cgroup, directory.st_ino);
+		err = attach(programs->progs.toa_getpeername6, config);
 	if (!err)
-		err = attach(programs->progs.toa_sockops, cgroup, directory.st_ino);
+		err = attach(programs->progs.toa_sockops, config);
 	if (!err)
-		err = config->carrier ? attach(programs->progs.toa_getsockopt, cgroup, directory.st_ino) :
-					detach("toa_getsockopt");
-	close(cgroup);
+		err = config->carrier ? attach(programs->progs.toa_getsockopt, config) : detach("toa_getsockopt");
+	return err;
+}
+
+static int remove_pins(void)
+{
+	static const char *const maps[] = {"toa_clients", "toa_trusted4", "toa_trusted6", "toa_kinds", "toa_stats"};
+	char path[256];
+	int err = 0;
+
+	for (unsigned int n = 0; n < LINKS; n++)
+		if (detach(links[n]))
+			err = -1;
+	for (unsigned int n = 0; n < sizeof(maps) / sizeof(*maps); n++) {
+		snprintf(path, sizeof(path), PINS "/%s", maps[n]);
+		if (unlink(path) && errno != ENOENT)
+			err = fail("%s: %s", path, strerror(errno));
+	}
+	if (rmdir(PINS) && errno != ENOENT)
+		err = fail(PINS ": %s", strerror(errno));
 	return err;
 }
 
@@ -461,12 +505,18 @@ static int load(struct config *config)
 	LIBBPF_OPTS(bpf_object_open_opts, options, .pin_root_path = PINS);
 	struct toa_bpf *programs;
 	int err = -1;
+	bool first;
 
-	if (read_config(config) || lock() || open_pins())
+	if (read_config(config) || lock())
+		return -1;
+	first = access(PINS "/link_toa_sockops", F_OK) && errno == ENOENT;
+	if (open_pins())
 		return -1;
 	programs = toa_bpf__open_opts(&options);
-	if (!programs)
-		return fail("the programs cannot be opened: %s", strerror(errno));
+	if (!programs) {
+		fail("the programs cannot be opened: %s", strerror(errno));
+		goto out;
+	}
 	if (toa_bpf__load(programs)) {
 		fail("the kernel does not take the programs; toa-bpf -v load shows why");
 		goto out;
@@ -481,28 +531,15 @@ static int load(struct config *config)
 		err = attach_all(programs, config);
 out:
 	toa_bpf__destroy(programs);
+	/* What was loaded before goes on; a part of the programs without the rest would say that they were loaded. */
+	if (err && first)
+		remove_pins();
 	return err;
 }
 
 static int unload(void)
 {
-	static const char *const pins[] = {
-		"link_toa_sockops", "link_toa_getpeername4", "link_toa_getpeername6", "link_toa_getsockopt",
-		"toa_clients", "toa_trusted4", "toa_trusted6", "toa_kinds", "toa_stats",
-	};
-	char path[256];
-	int err = 0;
-
-	if (lock())
-		return -1;
-	for (unsigned int n = 0; n < sizeof(pins) / sizeof(*pins); n++) {
-		snprintf(path, sizeof(path), PINS "/%s", pins[n]);
-		if (unlink(path) && errno != ENOENT)
-			err = fail("%s: %s", path, strerror(errno));
-	}
-	if (rmdir(PINS) && errno != ENOENT)
-		err = fail(PINS ": %s", strerror(errno));
-	return err;
+	return lock() ? -1 : remove_pins();
 }
 
 /* As /proc/net/toa_stats: a line for each counter, a column for each CPU */

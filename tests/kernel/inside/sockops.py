@@ -9,7 +9,7 @@ import struct
 from typing import Any
 
 # include/uapi/linux/bpf.h
-BPF, PROG_LOAD, PROG_ATTACH = 321, 5, 8  # bpf(2) on x86-64, and two of its commands
+BPF, PROG_LOAD, PROG_ATTACH, PROG_DETACH = 321, 5, 8, 9  # bpf(2) on x86-64, and commands of it
 SOCK_OPS, CGROUP_SOCK_OPS, ALLOW_MULTI = 13, 3, 2
 CONNECT, ESTABLISHED = 3, 5  # TCP_CONNECT_CB, PASSIVE_ESTABLISHED_CB
 PARSE_ALL = 16  # BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG
@@ -71,21 +71,32 @@ def _disconnect(link: socket.socket) -> None:
     _checked(_LIBC.connect(link.fileno(), struct.pack("=H14x", socket.AF_UNSPEC), 16), "connect")
 
 
-def _join(cgroup: str) -> None:
-    """Have this process, and the program, in a cgroup of their own: what is there runs before what the root has."""
-    os.mkdir(cgroup)  # what one attaches to a cgroup stays there until it is removed
-    with open(f"{cgroup}/cgroup.procs", "w", encoding="utf-8") as stream:
-        stream.write("0")
+def _attach(cgroup: str, how: int) -> None:
+    """It stays there until the cgroup is removed."""
     code, license_ = ctypes.create_string_buffer(b"".join(_PROGRAM)), ctypes.create_string_buffer(b"GPL")
     loaded = struct.pack("=IIQQ", SOCK_OPS, len(_PROGRAM), ctypes.addressof(code), ctypes.addressof(license_))
-    program = _bpf(PROG_LOAD, loaded)
-    place = os.open(cgroup, os.O_RDONLY)
-    _bpf(PROG_ATTACH, struct.pack("=IIII", place, program, CGROUP_SOCK_OPS, ALLOW_MULTI))
+    program, place = _bpf(PROG_LOAD, loaded), os.open(cgroup, os.O_RDONLY)
+    _bpf(PROG_ATTACH, struct.pack("=IIII", place, program, CGROUP_SOCK_OPS, how))
+
+
+def alone(cgroup: str, there: bool) -> None:
+    """Attach the program in the way that lets no other be beside it, or take that away."""
+    if there:
+        _attach(cgroup, 0)
+    else:
+        _bpf(PROG_DETACH, struct.pack("=III", os.open(cgroup, os.O_RDONLY), 0, CGROUP_SOCK_OPS))
 
 
 def flags(address: str, cgroup: str) -> dict[str, list[int]]:
-    """Of a new socket and of one that was accepted at this address: the flags at each of two connect() calls."""
-    _join(cgroup)
+    """Of a new socket and of one that was accepted at this address: the flags at each of two connect() calls.
+
+    This process and the program are in a cgroup of their own, which has to be new: what is there runs before what the
+    root has.
+    """
+    os.mkdir(cgroup)
+    with open(f"{cgroup}/cgroup.procs", "w", encoding="utf-8") as stream:
+        stream.write("0")
+    _attach(cgroup, ALLOW_MULTI)
     found: dict[str, list[int]] = {}
 
     def twice(link: socket.socket, target: Any) -> list[int]:
