@@ -239,6 +239,27 @@ def test_another_cgroup(room: BpfRoom, elsewhere: str) -> None:
     shows(outside, room.peer.call(4).open(named(CLIENT[4])), CLIENT[4])
 
 
+def test_the_programs_end_with_their_cgroup(room: BpfRoom, elsewhere: str) -> None:
+    """As systemd removes that of a service which stops; the links are there still."""
+
+    def dead() -> bool:
+        done = room.toa_bpf("stats", check=False)
+        return done.status == 1 and "its cgroup is gone" in done.err and "toa-bpf load" in done.err
+
+    assert not dead()
+    assert room.toa_bpf("check").err == ""
+    room.guest.run("rmdir", elsewhere)
+    room.server.wait_until(dead, "the end of the programs")
+    for command in ("check", "load"):
+        done = room.toa_bpf(command, check=False)
+        assert (done.status, f"toa-bpf.conf:2: cgroup {elsewhere}: No such file" in done.err) == (1, True)
+    room.guest.run("mkdir", elsewhere)
+    assert "toa-bpf load" in room.toa_bpf("check").err, "the file is right, and not in force"
+    room.toa_bpf("load")
+    assert room.toa_bpf("check").err == ""
+    assert not dead()
+
+
 def test_trust_and_kinds_are_replaced_as_a_whole(room: BpfRoom) -> None:
     six = room.app(6)
     room.configure(trusted=", ".join(f"10.{n}.0.0/16" for n in range(2, 66)), kinds="200")

@@ -381,6 +381,7 @@ static int set_kinds(const struct config *config, int map)
 
 /* --- links */
 
+/* The last one is there with carrier = yes. */
 static const char *const links[] = {"toa_sockops", "toa_getpeername4", "toa_getpeername6", "toa_getsockopt"};
 #define LINKS (sizeof(links) / sizeof(*links))
 
@@ -389,7 +390,7 @@ static int pin_path(char *path, size_t size, const char *program)
 	return snprintf(path, size, PINS "/link_%s", program) < (int)size ? 0 : -1;
 }
 
-/* Is a pinned link attached to this cgroup? A cgroup's number is that of its directory. */
+/* Is a pinned link attached to this cgroup? A cgroup's number is that of its directory; 0: to one that is gone. */
 static bool is_at(int link, __u64 cgroup)
 {
 	struct bpf_link_info info = {};
@@ -442,6 +443,30 @@ static int detach(const char *program)
 	if (pin_path(path, sizeof(path), program) || (unlink(path) && errno != ENOENT))
 		return fail("%s: %s", path, strerror(errno));
 	return 0;
+}
+
+/* Do the programs run, and where this configuration says? A link that is pinned outlives its cgroup and does nothing. */
+static int judge_links(const struct config *config)
+{
+	char path[256];
+	int link, err = 0;
+
+	for (unsigned int n = 0; n < LINKS && !err; n++) {
+		if (pin_path(path, sizeof(path), links[n]))
+			return -1;
+		link = bpf_obj_get(path);
+		if (link < 0) {
+			if (errno != ENOENT || n < LINKS - 1)
+				err = fail("%s: %s: toa-bpf load", path, strerror(errno));
+			continue;
+		}
+		if (is_at(link, 0))
+			err = fail("%s: its cgroup is gone, and the program with it: toa-bpf load", path);
+		else if (config && !is_at(link, config->number))
+			err = fail("%s is at another cgroup than %s: toa-bpf load", path, config->cgroup);
+		close(link);
+	}
+	return err;
 }
 
 /* --- commands */
@@ -537,6 +562,16 @@ out:
 	return err;
 }
 
+static int check(struct config *config)
+{
+	if (read_config(config))
+		return -1;
+	/* No error of the file: to load it is what helps. Who may not look there is told nothing. */
+	if (!access(PINS "/toa_stats", F_OK))
+		judge_links(config);
+	return 0;
+}
+
 static int unload(void)
 {
 	return lock() ? -1 : remove_pins();
@@ -571,6 +606,8 @@ static int stats(void)
 	}
 	free(values);
 	close(map);
+	if (judge_links(NULL))
+		err = -1;
 	return err;
 }
 
@@ -578,8 +615,8 @@ static int usage(void)
 {
 	fputs("toa-bpf [-c FILE] [-v] load|check|stats|unload\n"
 	      "  load    put the programs into the kernel, or replace them, with the configuration as it is now\n"
-	      "  check   judge the configuration\n"
-	      "  stats   show the counters\n"
+	      "  check   judge the configuration, and say whether the programs are where it says\n"
+	      "  stats   show the counters; fails if what is loaded does not run\n"
 	      "  unload  take everything out of the kernel\n",
 	      stderr);
 	return 2;
@@ -606,7 +643,7 @@ int main(int argc, char **argv)
 	if (!strcmp(command, "load"))
 		err = load(&config);
 	else if (!strcmp(command, "check"))
-		err = read_config(&config);
+		err = check(&config);
 	else if (!strcmp(command, "stats"))
 		err = stats();
 	else if (!strcmp(command, "unload"))
