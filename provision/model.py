@@ -27,6 +27,8 @@ MODE_SYSCTL: Mapping[str, Mapping[str, str]] = {
 # Whether the programs of toa-bpf are loaded, for root's shell: of the links that there always are, the last to be made.
 # The unit does not know: stopping it leaves them in place, and `toa-bpf unload` leaves it active.
 TOA_BPF_LOADED = "[ -e /sys/fs/bpf/toa/link_toa_sockops ]"
+# Whether they run, too: a pinned link outlives the cgroup that it is attached to.
+TOA_BPF_RUNS = f"{{ {TOA_BPF_LOADED} && toa-bpf stats >/dev/null 2>&1; }}"
 
 
 # --- hosts

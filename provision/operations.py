@@ -26,7 +26,7 @@ from pipeline.errors import BuildError
 from provision import cluster as clusters
 from provision import ipvs
 from provision.host import Address, Host
-from provision.model import TOA_BPF_LOADED, Cluster, Director, Service
+from provision.model import TOA_BPF_RUNS, Cluster, Director, Service
 from provision.remote import Opener
 
 # How people indent lists: mapping, sequence, offset of the dash. The first that gives a file back unchanged is taken.
@@ -471,10 +471,11 @@ def has_toa(cluster: Cluster, address: str, connect: Opener) -> None:
     known = next((host for host in cluster.real_servers if wanted in host.own_addresses), None)
     host: Host = known or Director(name=str(wanted), ssh=(str(wanted), 0), mode="ospf", slot=0, uplink="", downlink="")
     with connect(host) as remote:
-        asked = remote.run(f"[ -e /proc/net/toa_stats ] || {TOA_BPF_LOADED}", check=False)
+        asked = remote.run(f"[ -e /proc/net/toa_stats ] || {TOA_BPF_RUNS}", check=False)
     if asked.status != 0:
         raise BuildError(
-            f"{host.name} has no toa: programs there would see local addresses", f"on {address}: modprobe toa"
+            f"{host.name} has no toa: programs there would see local addresses",
+            f"on {address}: modprobe toa, or toa-bpf load",
         )
 
 

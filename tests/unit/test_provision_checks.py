@@ -597,7 +597,7 @@ def test_toa(cluster: Cluster) -> None:
 
 @pytest.mark.runs("sh")
 def test_the_unit_and_the_file_of_toa_bpf_say_nothing_of_its_programs(cluster: Cluster, tmp_path: Path) -> None:
-    real = shell(tmp_path, sysctl="exit 1", systemctl="exit 0")
+    real = shell(tmp_path, sysctl="exit 1", systemctl="exit 0", **{"toa-bpf": f"[ ! -e {tmp_path}/dead ]"})
 
     def ask(command: str) -> str:
         for path in ("/proc/net", "/sys/fs/bpf", "/etc"):
@@ -615,6 +615,9 @@ def test_the_unit_and_the_file_of_toa_bpf_say_nothing_of_its_programs(cluster: C
     (tmp_path / "sys/fs/bpf/toa/link_toa_sockops").touch()
     high.test_toa_is_there(ask)
     high.test_toa_believes_the_directors(ask, realserver)
+    (tmp_path / "dead").touch()
+    with complaint("neither the module toa nor toa-bpf is loaded"):
+        high.test_toa_is_there(ask)
 
 
 def test_the_link_that_says_so_is_made_last() -> None:
