@@ -70,6 +70,11 @@ class TestPrograms(Scenarios):
     """What the module does as well."""
 
 
+def test_the_verifier_is_far_from_its_limit(room: BpfRoom) -> None:
+    """Which is a million; how many it looks at differs from kernel to kernel, and these are not all that there are."""
+    assert 0 < room.guest.call("sockops:verified", link=f"{PINS}/link_toa_sockops") < 300_000
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fast_open(room: BpfRoom, family: int) -> None:
     """The kernel does not show the segment that ends such a handshake; the next one that has the option counts."""

@@ -1,4 +1,7 @@
-"""A program of BPF beside those of toa-bpf, made by hand: it asks for the segments of sockets, as they do."""
+"""A program of BPF beside those of toa-bpf, made by hand: it asks for the segments of sockets, as they do.
+
+And what the kernel says of theirs.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from typing import Any
 
 # include/uapi/linux/bpf.h
 BPF, PROG_LOAD, PROG_ATTACH, PROG_DETACH = 321, 5, 8, 9  # bpf(2) on x86-64, and commands of it
+OBJ_GET, PROG_GET_FD_BY_ID, OBJ_GET_INFO_BY_FD = 7, 13, 15
+PROG_ID, VERIFIED_INSNS = 8, 216  # in struct bpf_link_info and bpf_prog_info
 SOCK_OPS, CGROUP_SOCK_OPS, ALLOW_MULTI = 13, 3, 2
 CONNECT, ESTABLISHED = 3, 5  # TCP_CONNECT_CB, PASSIVE_ESTABLISHED_CB
 PARSE_ALL = 16  # BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG
@@ -69,6 +74,20 @@ def _bpf(command: int, attributes: bytes) -> int:
 def _disconnect(link: socket.socket) -> None:
     link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
     _checked(_LIBC.connect(link.fileno(), struct.pack("=H14x", socket.AF_UNSPEC), 16), "connect")
+
+
+def _info(descriptor: int) -> bytes:
+    room = ctypes.create_string_buffer(256)
+    _bpf(OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", descriptor, len(room), ctypes.addressof(room)))
+    return room.raw
+
+
+def verified(link: str) -> int:
+    """How many instructions the verifier looked at in the program of a pinned link; kernels from 5.16 tell."""
+    path = ctypes.create_string_buffer(link.encode())
+    info = _info(_bpf(OBJ_GET, struct.pack("=Q", ctypes.addressof(path))))
+    program = _bpf(PROG_GET_FD_BY_ID, info[PROG_ID : PROG_ID + 4])
+    return int(struct.unpack_from("=I", _info(program), VERIFIED_INSNS)[0])
 
 
 def _attach(cgroup: str, how: int) -> None:
