@@ -10,7 +10,6 @@ namespace runs is real: curl, nginx, iperf3, ipvsadm, nft.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -100,7 +99,7 @@ class Namespace:
 
     def mac(self, device: str) -> str:
         """A device's Ethernet address."""
-        return str(json.loads(self.run("ip", "-j", "link", "show", "dev", device).out)[0]["address"])
+        return str(self.guest.ask("mac", device=device, namespace=self.handle))
 
     # -- clients and servers
 

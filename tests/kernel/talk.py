@@ -32,8 +32,7 @@ class Bare:
         self.member: Namespace = net.bare(f"bare{'server' if back else 'client'}{number}", back=back)
         self.wire: Wire = self.member.wire("eth0")
         self.director = net.director.mac(net.back if back else net.front)
-        for family in FAMILIES:
-            net.neighbour(self.address(family), self.wire.address)
+        net.neighbour([self.address(family) for family in FAMILIES], self.wire.address, back=back)
 
     def address(self, family: int) -> str:
         """Its address; no stack knows it."""

@@ -279,7 +279,7 @@ def test_trust_and_kinds_are_replaced_as_a_whole(room: BpfRoom) -> None:
     shows(six, room.peer.call(4).open(named(CLIENT[4])), CLIENT[4], six=True)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(4, marks=pytest.mark.long), 6])  # forty seconds each
 def test_who_is_in_both_lists_is_believed_at_every_moment(room: BpfRoom, family: int) -> None:
     """By another prefix in each: what is new comes before what is old goes."""
     wide, narrow = {4: ("10.0.0.0/8", "10.0.2.0/24"), 6: ("fd00::/8", "fd00:2::/64")}[family]

@@ -263,10 +263,10 @@ class Site:
         member.ip("link set eth0 arp off up")
         return member
 
-    def neighbour(self, address: str, mac: str) -> None:
-        """Tell the director where an address of a bare host is."""
-        device = self.back if any(address.startswith(BACK[f]) for f in FAMILIES) else self.front
-        self.director.ip(f"neigh replace {address} lladdr {mac} dev {device} nud permanent")
+    def neighbour(self, addresses: Sequence[str], mac: str, *, back: bool) -> None:
+        """Tell the director where the addresses of a bare host are."""
+        device = self.back if back else self.front
+        self.director.ip(*(f"neigh replace {each} lladdr {mac} dev {device} nud permanent" for each in addresses))
 
     def routed_client(self, mtu: int) -> Namespace:
         """A client behind a router that sends it only packets up to `mtu`, and takes larger ones from nobody."""

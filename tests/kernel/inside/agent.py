@@ -43,7 +43,7 @@ MS_BIND, MS_REC, MS_SHARED, MNT_DETACH = 0x1000, 0x4000, 0x100000, 2
 # linux/if_packet.h
 SOL_PACKET, PACKET_STATISTICS, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 263, 6, 15, 23
 SO_RCVBUFFORCE = 33
-SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # linux/sockios.h, linux/if.h
+SIOCSIFFLAGS, SIOCGIFHWADDR, IFF_UP = 0x8914, 0x8927, 1  # linux/sockios.h, linux/if.h
 ETH_P_ALL = 3
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -178,6 +178,12 @@ class Agent:
     def namespaces(self) -> list[str]:
         """Their names."""
         return sorted(os.listdir(NAMESPACES))
+
+    def mac(self, device: str, namespace: str) -> str:
+        """A device's Ethernet address."""
+        with inside(namespace), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+            request = struct.pack("40s", device.encode())  # struct ifreq: the address follows its family's two bytes
+            return fcntl.ioctl(any_socket, SIOCGIFHWADDR, request)[18:24].hex(":")
 
     # -- files
 
