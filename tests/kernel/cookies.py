@@ -33,6 +33,15 @@ def protect(net: Site, family: int, *, on: bool = True, port: int = 80) -> str:
     return str(answer)
 
 
+def served(site: Callable[..., Site], family: int, method: str, size: int) -> Site:
+    """A client and an nginx behind a protected service; `/bulk` has so many bytes."""
+    net = site(servers=1, gateway=method == "-m")
+    net.serve(size=size)
+    net.balance(family, method, locals_=1 if method == "-b" else 0)
+    assert protect(net, family) == "ok"
+    return net
+
+
 @dataclass
 class Wired:
     """A protected service whose client and server are made by hand."""

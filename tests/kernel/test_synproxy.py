@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.kernel import packets
-from tests.kernel.cookies import FULL, METHODS, NO_STAMPS, PAIRS, M, Wired, ack, protect
+from tests.kernel.cookies import FULL, METHODS, NO_STAMPS, PAIRS, M, Wired, ack, protect, served
 from tests.kernel.lab import selftest
 from tests.kernel.machine import Guest
 from tests.kernel.packets import NOPS, SACK_PERMITTED, mss, options, sack, timestamp, wscale
@@ -48,10 +48,7 @@ def wired(request: pytest.FixtureRequest, site: Callable[..., Site]) -> Wired:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_real_stacks(site: Callable[..., Site], family: int, method: str) -> None:
-    net = site(servers=1, gateway=method == "-m")
-    net.serve(size=600_000)
-    net.balance(family, method, locals_=1 if method == "-b" else 0)
-    assert protect(net, family) == "ok"
+    net = served(site, family, method, 600_000)
     with net.director.capture("front") as front, net.director.capture("back") as back:
         assert net.clients[0].get(net.vip(family), count=3) != []
     front.must_be_sound()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.kernel import packets
-from tests.kernel.cookies import FULL, METHODS, PAIRS, M, Wired, ack, opened, protect
+from tests.kernel.cookies import FULL, METHODS, PAIRS, M, Wired, ack, opened, protect, served
 from tests.kernel.packets import NOPS, Ends, Packet, mss, options, sack, wscale
 from tests.kernel.talk import Bare
 from tests.kernel.topology import FAMILIES, Site, service, url
@@ -251,10 +251,7 @@ def test_the_idle_client_of_a_server_that_was_removed(site: Callable[..., Site],
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_server_is_removed_in_the_midst_of_a_download(site: Callable[..., Site], family: int, method: str) -> None:
     """Where data are on their way, resets cross them."""
-    net = site(servers=1, gateway=method == "-m")
-    net.serve(size=8_000_000)
-    net.balance(family, method, locals_=1 if method == "-b" else 0)
-    assert protect(net, family) == "ok"
+    net = served(site, family, method, 8_000_000)
     net.director.ip_vs_sysctl("expire_nodest_conn", 1)
     client = net.clients[0]
     client.run("tc", "qdisc", "add", "dev", "eth0", "root", "netem", "delay", "50ms")  # as on the Internet
