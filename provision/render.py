@@ -30,7 +30,7 @@ from pipeline.errors import BuildError
 from pipeline.store import remove_tree
 from provision import cluster as clusters
 from provision.host import File, Host, Interface, Network
-from provision.model import Cluster, Director, Service
+from provision.model import Cluster, Director, Instance, Service
 
 TEMPLATES = Path(__file__).with_name("templates")
 FILES = "/etc/lvs/files"
@@ -42,7 +42,7 @@ _GATEWAY_METRIC = 254 << 24
 _SERVICE = "@SERVICE@"
 # The folders whose files hold passwords, and who must be able to read them: the routing daemons run as frr.
 _OWNERS: Mapping[str, str] = {"/etc/keepalived": "root", "/etc/quagga": "frr"}
-_LONGEST_UP_DELAY = 255  # keepalived.conf(5), interface_up_down_delays
+_LONGEST_PREEMPT_DELAY = 1000  # seconds; keepalived.conf(5), preempt_delay
 _SECRET_MODE = 0o640
 _RENDERED_MODE = 0o644  # the other templates hold no secrets, and operators read these without sudo
 
@@ -130,7 +130,6 @@ class Renderer:
                         cluster=self.cluster,
                         services=services,
                         announced=self._announced,
-                        settling=self._settling,
                         networks=lambda version, host=host: self._networks(host, version),
                     ),
                 )
@@ -171,9 +170,12 @@ class Renderer:
             here, there = (
                 (host.uplink, host.downlink) if instance.interface == "uplink" else (host.downlink, host.uplink)
             )
+            settling = self._settling(host, instance, mine)
             yield {
                 "name": instance.name,
-                "state": "MASTER" if host.priority == max(rivals) else "BACKUP",
+                # keepalived ignores the delay of who begins as MASTER; the priority alone elects the same one.
+                "state": "MASTER" if host.priority == max(rivals) and not settling else "BACKUP",
+                "preempt_delay": settling,
                 "interface": here,
                 "track": there if instance.track and there != here else "",
                 "id": instance.id,
@@ -184,18 +186,18 @@ class Renderer:
                 "excluded": [vip for vip in vips if vip.version != first],
             }
 
-    def _settling(self, host: Host, services: Sequence[Service]) -> int:
-        """Seconds for which VRRP does not count the downlink as up when it is: real servers are found again until then.
+    def _settling(self, host: Director, instance: Instance, services: Sequence[Service]) -> int:
+        """Seconds for which a director leaves the VIPs to a backup that has them, when it could have them itself.
 
-        0 where no instance looks at it. A second more than the checks may take is for their answers.
+        Until then its health checks have found the real servers, which they had taken out while its downlink was down.
+        0 for an instance that does not look at the downlink. The second more is for the answers to the last check.
         """
-        assert isinstance(host, Director)  # noqa: S101  real servers have no services
-        links = {"uplink": host.uplink, "downlink": host.downlink}
-        if not any(each.track or links[each.interface] == host.downlink for each in self.cluster.instances):
+        link = host.uplink if instance.interface == "uplink" else host.downlink
+        if not instance.track and link != host.downlink:
             return 0
         checks = (each.check.revival(service.delay_loop) for service in services for each in service.real_servers)
         slowest = max(checks, default=0)
-        return min(slowest + 1, _LONGEST_UP_DELAY) if slowest else 0
+        return min(slowest + 1, _LONGEST_PREEMPT_DELAY) if slowest else 0
 
     def _announced(self, version: int) -> list[Network]:
         return [prefix for prefix in self.cluster.vip_prefixes if prefix.version == version]

@@ -169,10 +169,10 @@ def test_a_master_gives_vips_away_when_its_other_interface_is_dead(
             found = re.findall(r"    track_interface \{\n        (\S+)\n    \}\n", text)
             assert found == ([tracked] if tracked and track else [])
             # The pages of `web` are asked for every 2 s, and then once more; a try may take 2 s.
-            text = (tmp_path / "out" / host / "rootfs/etc/keepalived/keepalived.conf").read_text(encoding="utf-8")
-            found = re.findall(r"^interface_up_down_delays \{\n    (.+)\n\}$", text, re.MULTILINE)
+            found = re.findall(r"^    (state|preempt_delay) (.+)$", text, re.MULTILINE)
             alone = downlink == "eth1" and interface == "uplink" and not track
-            assert found == ([] if alone else [f"{downlink} 0 7"])
+            first = "MASTER" if host == "lvs-1" else "BACKUP"
+            assert found == ([("state", first)] if alone else [("state", "BACKUP"), ("preempt_delay", "7")])
 
 
 @pytest.mark.parametrize(
@@ -189,19 +189,25 @@ def test_how_long_a_check_takes_to_find_a_real_server_again(check: Check, second
     assert check.revival(7) == seconds
 
 
-def test_a_link_is_up_for_vrrp_after_the_slowest_check(tmp_path: Path) -> None:
+def test_a_master_comes_back_after_the_slowest_check(tmp_path: Path) -> None:
     data = yaml.safe_load((TOP / "provision/examples/lab-vrrp.yaml").read_text(encoding="utf-8"))
-    for delay_loop, seconds in ((60, 2 + 60 + 60 + 1), (200, 255)):
-        data["services"][0]["delay_loop"] = delay_loop
+
+    def rendered() -> list[str]:
         (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
         render.render_cluster(tmp_path / "cluster.yaml", tmp_path / "out")
-        text = (tmp_path / "out/lvs-1/rootfs/etc/keepalived/keepalived.conf").read_text(encoding="utf-8")
-        assert f"    eth1 0 {seconds}\n" in text
+        (text,) = (
+            text
+            for file in (tmp_path / "out/lvs-1/rootfs/etc/keepalived").iterdir()
+            if "vrrp_instance" in (text := file.read_text(encoding="utf-8"))
+        )
+        return re.findall(r"^    (state \S+|preempt_delay \S+)$", text, re.MULTILINE)
+
+    for delay_loop, seconds in ((60, 2 + 60 + 60 + 1), (600, 1000)):
+        data["services"][0]["delay_loop"] = delay_loop
+        assert rendered() == ["state BACKUP", f"preempt_delay {seconds}"]
     for service in data["services"]:
         service["check"] = {"none": True}
-    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
-    render.render_cluster(tmp_path / "cluster.yaml", tmp_path / "out")
-    assert "delays" not in (tmp_path / "out/lvs-1/rootfs/etc/keepalived/keepalived.conf").read_text(encoding="utf-8")
+    assert rendered() == ["state MASTER"]
 
 
 @pytest.mark.parametrize("priority", [None, 0, 7])
