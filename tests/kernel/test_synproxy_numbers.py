@@ -264,6 +264,23 @@ def test_a_server_is_removed_in_the_midst_of_a_download(site: Callable[..., Site
     assert "reset" in done.err
 
 
+def test_a_client_on_the_director_itself_of_a_server_that_was_removed(site: Callable[..., Site]) -> None:
+    """Its own stack tells it. Its packets have no device yet, which alone says where its address is."""
+    net = site(servers=1)
+    net.serve(size=8_000_000)
+    net.director.ip_vs_sysctl("expire_nodest_conn", 1)
+    net.balance(6, "-m", options=("-j", "enable"))
+    near = net.director.run("ip", "-6", "-o", "address", "show", "dev", net.back, "scope", "link").out.split()[3]
+    words = ("--silent", "--show-error", "--globoff", "--limit-rate", "200k", "-o", "/dev/null")
+    source = f"host!{near.partition('/')[0]}%{net.back}"
+    job = net.director.start("curl", *words, "--interface", source, url(net.vip(6), "/bulk"))
+    net.director.wait_until(lambda: any(c.state == "ESTABLISHED" for c in net.director.connections()), "the download")
+    net.director.ipvsadm("-d", "-t", service(net.vip(6), 80), "-r", service(net.server(6), 80))
+    done = job.wait(10, check=False)
+    assert done.status == 56, str(done)  # CURLE_RECV_ERROR
+    assert "reset" in done.err
+
+
 @pytest.mark.parametrize("data", [b"", b"a request"])
 def test_a_server_is_removed_before_it_answers(wired: Wired, data: bytes) -> None:
     """A request that was sent can be sent again; who waits for the server to speak is told."""
