@@ -96,7 +96,10 @@ class Cluster:
         left: list[str] = []
 
         def well() -> bool:
-            left[:] = self.differences(name, down=down, master=master)
+            try:
+                left[:] = self.differences(name, down=down, master=master)
+            except BuildError as error:  # a busy machine may be slow to answer once
+                left[:] = str(error).splitlines()
             return not left
 
         return run.wait_until(
@@ -200,9 +203,12 @@ class Cluster:
         assert out.exists(), result.stdout + result.stderr
         return {(e["host"], e["check"]): (e["result"], e["message"]) for e in json.loads(out.read_text("utf-8"))}
 
-    def whole(self) -> None:
-        """Wait until it is as it was when it came up: every host holds what it should, routes are there."""
-        seconds = self.lab.seconds(60)
+    def whole(self) -> float:
+        """Wait until it is as it was when it came up: every host holds what it should, routes are there.
+
+        Returns the seconds it took.
+        """
+        seconds, begun = self.lab.seconds(60), time.monotonic()
         if self.mode == "ospf":
             for name in self.directors:
                 self.holds(name, seconds)
@@ -212,6 +218,15 @@ class Cluster:
             first = max(self.data["directors"], key=lambda each: each["priority"])["name"]
             for name in self.directors:
                 self.holds(name, seconds, master=name == first)
+        return time.monotonic() - begun
+
+    def without(self, name: str) -> bool:
+        """Whether a director has no traffic, and the others all of it."""
+        others = set(self.directors) - {name}
+        if self.mode == "ospf":
+            return all(self.ways(vip) == others for vip, _ in self.targets())
+        vip = self.targets()[0][0]
+        return any(self.lab.ask(other, f"ip -o address show to {vip}") for other in others)
 
 
 # --- the labs

@@ -38,7 +38,8 @@ class Row:
     @classmethod
     def of(cls, story: str, event: str, requests: Sequence[Request], limit: str = "", also: str = "") -> Row:
         """A row about requests."""
-        return cls(story, event, outage(requests), len(failed(requests)), len(requests), limit, also)
+        took = outage(requests) if requests else None
+        return cls(story, event, took, len(failed(requests)), len(requests), limit, also)
 
     @property
     def line(self) -> str:

@@ -19,6 +19,8 @@ WORKERS = 2  # of each of them: what it asks for at once
 # A client gives up after this long: longer than SYNs that are sent again after 1 and 3 s, shorter than a dead interval.
 TIMEOUT = 4.0
 _SECONDS_EACH = 0.1  # under KVM: far more than a page takes
+# What becomes of a connection that stands when its path moves to a director that does not know it.
+_BROKEN = ("TimeoutError: no answer", "ConnectionResetError")
 
 
 @dataclass(frozen=True)
@@ -76,18 +78,25 @@ def under_way(requests: Sequence[Request], period: tuple[float, float]) -> list[
     return [each for each in requests if each.begun <= period[1] and each.ended >= period[0]]
 
 
-def not_moved(bad: Sequence[Request], periods: Sequence[tuple[float, float]], most: int) -> list[Request]:
+def not_moved(bad: Sequence[Request], periods: Sequence[tuple[float, float]]) -> list[Request]:
     """The failures that no move of connections' paths explains.
+
+    A target's paths move once in each period, and break the connections that stand at that moment: what a new one of
+    them asks is answered. So those of a target that were under way at one moment are left out, but none that was
+    refused, or that had no connection.
 
     Args:
         bad: requests that failed.
         periods: in which paths moved.
-        most: how many of those that were under way then may fail in each period.
     """
     left = list(bad)
     for period in periods:
-        here = under_way(left, period)[:most]
-        left = [each for each in left if each not in here]
+        here = [each for each in under_way(left, period) if each.error.startswith(_BROKEN)]
+        for target in {each.target for each in here}:
+            asked = [each for each in here if each.target == target]
+            moments = [[one for one in asked if one.begun <= each.begun <= one.ended] for each in asked]
+            moved = max(moments, key=len)
+            left = [each for each in left if each not in moved]
     return left
 
 

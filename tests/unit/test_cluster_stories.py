@@ -197,12 +197,26 @@ def test_what_was_under_way() -> None:
 
 
 def test_what_no_move_of_paths_explains() -> None:
-    some = [request(n, "x", took=4) for n in (1, 2, 3, 20, 30)]
-    assert not_moved(some, [(5.0, 6.0), (22.0, 40.0)], 3) == []
-    # More than may have been under way, and one that began when all was over.
-    assert not_moved(some, [(5.0, 6.0), (22.0, 29.0)], 2) == [some[2], some[4]]
-    assert not_moved(some[:1], [(5.1, 6.0)], 2) == some[:1]
-    assert not_moved(some, [], 2) == some
+    moved = [request(n, "TimeoutError: no answer", took=4) for n in (1, 2, 3, 20, 30)]
+    assert not_moved(moved, [(5.0, 6.0), (22.0, 25.0), (30.0, 40.0)]) == []
+    # One that began when all was over, and one after the moment at which most were under way.
+    assert not_moved(moved, [(5.0, 6.0), (22.0, 29.0)]) == [moved[4]]
+    assert not_moved([*moved[:3], moved[3]], [(0.0, 40.0)]) == [moved[3]]
+    assert not_moved(moved[:1], [(5.1, 6.0)]) == moved[:1]
+    assert not_moved(moved, []) == moved
+
+
+def test_each_target_has_its_own_moment() -> None:
+    early, late = (Request(n, 1, f"203.0.113.{n} 80", "", "ConnectionResetError: x") for n in (1, 9))
+    assert not_moved([early, late], [(0.0, 20.0)]) == []
+
+
+@pytest.mark.parametrize(
+    "error", ["ConnectionRefusedError: x", "TimeoutError: no connection", "ValueError: status 500"]
+)
+def test_no_move_of_paths_refuses_a_connection(error: str) -> None:
+    some = [request(1, error), request(1, "ConnectionResetError: x")]
+    assert not_moved(some, [(0.0, 2.0)]) == some[:1]
 
 
 # --- a client
