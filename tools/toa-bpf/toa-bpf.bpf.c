@@ -36,6 +36,9 @@ struct sock {
 	__u8 sk_kern_sock : 1;
 } __attribute__((preserve_access_index));
 
+struct mptcp_sock {
+} __attribute__((preserve_access_index));
+
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -218,8 +221,12 @@ static __always_inline int name(struct bpf_sock *sk, struct toa_client *client)
 {
 	struct toa_client *kept;
 
-	/* Kernels before 5.19 do not have it, and call what follows dead code. */
-	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_skc_to_mptcp_sock)) {
+	/*
+	 * Kernels before 5.19 do not have it. Those without MPTCP have it and an empty type, for which they refuse to keep
+	 * anything. To both what follows is dead code.
+	 */
+	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_skc_to_mptcp_sock) &&
+	    bpf_core_type_size(struct mptcp_sock) > 0) {
 		struct mptcp_sock *msk = bpf_skc_to_mptcp_sock(sk);
 
 		/*
