@@ -137,6 +137,18 @@ def test_a_client_that_cannot_be_kept(room: BpfRoom) -> None:
     assert (stats["no_memory_toa"], stats["syn_recv_sock_toa"], stats["syn_recv_sock_no_toa"]) == (1, 0, 1)
 
 
+def test_a_connection_that_cannot_be_watched(room: BpfRoom) -> None:
+    """No later segment names it, and that is counted."""
+    app = room.app(4)
+    with no_memory(room):
+        call = room.peer.call(4).open()
+        shows(app, call)
+    call.say(b"n", named(CLIENT[4]))
+    assert app.says() == [f"name {call} carrier {call}"]
+    stats = room.stats()
+    assert (stats["no_memory_toa"], stats["syn_recv_sock_no_toa"], stats["later_segment_toa"]) == (1, 1, 0)
+
+
 def test_a_client_that_cannot_be_kept_for_mptcp(room: BpfRoom) -> None:
     """The socket that programs have is without it, so the next option counts, although the subflow had room."""
     app = room.app(4, mptcp=True)

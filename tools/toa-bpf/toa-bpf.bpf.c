@@ -290,6 +290,8 @@ static __always_inline void on_established(struct bpf_sock_ops *ctx, struct bpf_
 	kept = keep(sk, &nobody);
 	if (kept)
 		watch(ctx, kept);
+	else if (!client->family) /* else name() has counted it */
+		count(TOA_NO_MEMORY);
 }
 
 static __always_inline void on_segment(struct bpf_sock_ops *ctx, struct bpf_sock *sk, struct toa_client *client,
