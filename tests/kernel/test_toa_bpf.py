@@ -33,10 +33,14 @@ class BpfRoom(Room):
         """Run it."""
         return self.guest.run("toa-bpf", "-c", CONFIG, *words, seconds=20, check=check)
 
-    def configure(self, **values: str) -> None:
-        """Write the configuration, in which `carrier` is on, and load it."""
+    def write(self, **values: str) -> None:
+        """Write the configuration, in which `carrier` is on."""
         lines = [f"{key} = {value}\n" for key, value in {"carrier": "yes", **values}.items()]
         self.guest.write(CONFIG, "".join(lines))
+
+    def configure(self, **values: str) -> None:
+        """Write it, and load it."""
+        self.write(**values)
         self.toa_bpf("load")
 
     def counters(self) -> str:
@@ -222,6 +226,7 @@ def test_unload_and_load(room: BpfRoom) -> None:
     assert name == f"name {call}"
     assert carrier in (str(call), "ENOPROTOOPT")
     assert room.guest.ask("listing", path="/sys/fs/bpf") == []
+    assert room.toa_bpf("check").err == "", "the file alone is judged"
     failed = room.toa_bpf("stats", check=False)
     assert (failed.status, "toa-bpf load" in failed.err) == (1, True)
     room.toa_bpf("unload")
@@ -252,7 +257,10 @@ def test_another_cgroup(room: BpfRoom, elsewhere: str) -> None:
         call = room.peer.call(4, port=port).open(named(CLIENT[4]))
         call.say()
         assert app.says(2)[0] == (told or f"accept {call}")
-    room.configure()
+    room.write()
+    moved = room.toa_bpf("check", check=False)
+    assert (moved.status, "is at another cgroup than /sys/fs/cgroup: toa-bpf load" in moved.err) == (1, True)
+    room.toa_bpf("load")
     shows(outside, room.peer.call(4).open(named(CLIENT[4])), CLIENT[4])
 
 
@@ -271,7 +279,8 @@ def test_the_programs_end_with_their_cgroup(room: BpfRoom, elsewhere: str) -> No
         done = room.toa_bpf(command, check=False)
         assert (done.status, f"toa-bpf.conf:2: cgroup {elsewhere}: No such file" in done.err) == (1, True)
     room.guest.run("mkdir", elsewhere)
-    assert "toa-bpf load" in room.toa_bpf("check").err, "the file is right, and not in force"
+    done = room.toa_bpf("check", check=False)
+    assert (done.status, "toa-bpf load" in done.err) == (1, True), "the file is right, and not in force"
     room.toa_bpf("load")
     assert room.toa_bpf("check").err == ""
     assert not dead()
@@ -314,6 +323,37 @@ def test_a_full_list_is_loaded_again(room: BpfRoom) -> None:
         shows(app, room.peer.call(family).open(named(CLIENT[family])), six=True)
         call = room.peer.call(family, source=FAR[family])
         shows(app, call.open(named(CLIENT[family])), CLIENT[family], six=True)
+
+
+def test_a_file_that_is_not_loaded(room: BpfRoom) -> None:
+    """`check` says what of it, in a line for each, and that is an error; nothing is said of what is the same."""
+    steps = [
+        ({"trusted": f"{DEFAULT} 10.1.0.0/16"}, ["trusted: 10.1.0.0/16 is not loaded"]),
+        ({}, ["trusted: 10.1.0.0/16 is loaded"]),
+        ({"trusted": f"{DEFAULT} fd00::/8"}, ["trusted: fd00::/8 is not loaded"]),
+        ({}, ["trusted: fd00::/8 is loaded"]),
+        ({"kinds": "253"}, ["kinds: 254 is loaded"]),
+        ({"kinds": "200 253"}, ["kinds: 200 is not loaded"]),
+        ({"kinds": "200 253", "carrier": "no"}, ["carrier: yes is loaded"]),
+        (
+            {"kinds": "253", "trusted": f"{DEFAULT} 10.1.0.0/16 fd00::/8"},
+            [
+                "carrier: yes is not loaded",
+                "trusted: 10.1.0.0/16 is not loaded",
+                "trusted: fd00::/8 is not loaded",
+                "kinds: 200 is loaded",
+            ],
+        ),
+    ]
+    assert room.toa_bpf("check").err == ""
+    for values, differs in steps:
+        room.write(**values)
+        done = room.toa_bpf("check", check=False)
+        ends = [f"by {CONFIG} it should {'' if ' not ' in each else 'not '}be: toa-bpf load" for each in differs]
+        lines = [f"toa-bpf: {each}; {end}" for each, end in zip(differs, ends, strict=True)]
+        assert (done.status, done.err.splitlines()) == (1, lines)
+        room.toa_bpf("load")
+        assert room.toa_bpf("check").err == ""
 
 
 def test_a_wrong_configuration_changes_nothing(room: BpfRoom) -> None:

@@ -341,16 +341,14 @@ static int add_trusted(struct config *config, int map, int family, unsigned int 
 	return 0;
 }
 
-/*
- * New prefixes come before old ones go, so that a load balancer that is in both lists is trusted at every moment. Only
- * where the map has no room for all of both lists, the rest of the new ones waits.
- */
-static int set_trusted(struct config *config, int map, int family)
+/* How many prefixes are in the map, or -1. Those that the configuration has are marked, the others of them are returned. */
+static int read_trusted(struct config *config, int map, int family, struct toa_prefix *gone, unsigned int *going)
 {
-	struct toa_prefix gone[TOA_PREFIXES], key, next;
-	unsigned int there = 0, going = 0;
+	struct toa_prefix key, next;
 	struct prefix *found;
+	int there = 0;
 
+	*going = 0;
 	memset(&next, 0, sizeof(next));
 	while (!bpf_map_get_next_key(map, there ? &key : NULL, &next)) {
 		if (there++ == TOA_PREFIXES)
@@ -359,12 +357,23 @@ static int set_trusted(struct config *config, int map, int family)
 		if (found)
 			found->there = true;
 		else
-			gone[going++] = next;
+			gone[(*going)++] = next;
 		key = next;
 	}
-	if (errno != ENOENT)
-		return fail("reading the trusted prefixes: %s", strerror(errno));
-	if (add_trusted(config, map, family, TOA_PREFIXES - there))
+	return errno == ENOENT ? there : fail("reading the trusted prefixes: %s", strerror(errno));
+}
+
+/*
+ * New prefixes come before old ones go, so that a load balancer that is in both lists is trusted at every moment. Only
+ * where the map has no room for all of both lists, the rest of the new ones waits.
+ */
+static int set_trusted(struct config *config, int map, int family)
+{
+	struct toa_prefix gone[TOA_PREFIXES];
+	unsigned int going;
+	int there = read_trusted(config, map, family, gone, &going);
+
+	if (there < 0 || add_trusted(config, map, family, TOA_PREFIXES - there))
 		return -1;
 	for (unsigned int n = 0; n < going; n++)
 		if (bpf_map_delete_elem(map, &gone[n]))
@@ -377,6 +386,70 @@ static int set_kinds(const struct config *config, int map)
 	__u32 zero = 0;
 
 	return bpf_map_update_elem(map, &zero, &config->kinds, BPF_ANY) ? fail("setting the kinds: %s", strerror(errno)) : 0;
+}
+
+/* --- what the kernel uses now, beside the file */
+
+static int differs(const struct config *config, enum key key, const char *value, bool loaded)
+{
+	return fail(loaded ? "%s: %s is loaded; by %s it should not be: toa-bpf load" :
+			     "%s: %s is not loaded; by %s it should be: toa-bpf load", keys[key], value, config->path);
+}
+
+static int open_map(const char *path)
+{
+	int map = bpf_obj_get(path);
+
+	return map < 0 ? fail("%s: %s: toa-bpf load", path, strerror(errno)) : map;
+}
+
+/* One prefix stands for all that differ, as a load helps them all; first one that is believed and should not be. */
+static int judge_trusted(struct config *config, const char *path, int family)
+{
+	struct toa_prefix gone[TOA_PREFIXES], *odd = NULL;
+	char text[INET6_ADDRSTRLEN], value[sizeof(text) + 12];
+	unsigned int going;
+	int map = open_map(path), there;
+
+	if (map < 0)
+		return -1;
+	there = read_trusted(config, map, family, gone, &going);
+	close(map);
+	if (there < 0)
+		return -1;
+	if (going)
+		odd = gone;
+	for (unsigned int n = 0; n < config->prefixes && !odd; n++)
+		if (config->prefix[n].family == family && !config->prefix[n].there)
+			odd = &config->prefix[n].key;
+	if (!odd)
+		return 0;
+	inet_ntop(family, odd->addr, text, sizeof(text));
+	snprintf(value, sizeof(value), "%s/%u", text, odd->len);
+	return differs(config, TRUSTED, value, going);
+}
+
+static int judge_kinds(const struct config *config)
+{
+	struct toa_kinds loaded;
+	__u32 zero = 0;
+	int map = open_map(PINS "/toa_kinds");
+	char value[4];
+
+	if (map < 0)
+		return -1;
+	if (bpf_map_lookup_elem(map, &zero, &loaded))
+		return fail("reading the kinds: %s", strerror(errno));
+	close(map);
+	for (int kind = 0; kind < 256; kind++) {
+		int bit = 1 << kind % 8;
+
+		if ((loaded.bits[kind / 8] ^ config->kinds.bits[kind / 8]) & bit) {
+			snprintf(value, sizeof(value), "%d", kind);
+			return differs(config, KINDS, value, loaded.bits[kind / 8] & bit);
+		}
+	}
+	return 0;
 }
 
 /* --- links */
@@ -458,9 +531,13 @@ static int judge_links(const struct config *config)
 		if (link < 0) {
 			if (errno != ENOENT || n < LINKS - 1)
 				err = fail("%s: %s: toa-bpf load", path, strerror(errno));
+			else if (config && config->carrier)
+				err = differs(config, CARRIER, "yes", false);
 			continue;
 		}
-		if (is_at(link, 0))
+		if (n == LINKS - 1 && config && !config->carrier)
+			err = differs(config, CARRIER, "yes", true);
+		else if (is_at(link, 0))
 			err = fail("%s: its cgroup is gone, and the program with it: toa-bpf load", path);
 		else if (config && !is_at(link, config->number))
 			err = fail("%s is at another cgroup than %s: toa-bpf load", path, config->cgroup);
@@ -564,12 +641,21 @@ out:
 
 static int check(struct config *config)
 {
+	int err;
+
 	if (read_config(config))
 		return -1;
-	/* No error of the file: to load it is what helps. Who may not look there is told nothing. */
-	if (!access(PINS "/toa_stats", F_OK))
-		judge_links(config);
-	return 0;
+	/* Nothing is loaded, or whoever asks may not look there. */
+	if (access(PINS "/toa_stats", F_OK))
+		return 0;
+	/* A load changes one thing after the other. */
+	if (lock())
+		return -1;
+	err = judge_links(config);
+	err |= judge_trusted(config, PINS "/toa_trusted4", AF_INET);
+	err |= judge_trusted(config, PINS "/toa_trusted6", AF_INET6);
+	err |= judge_kinds(config);
+	return err;
 }
 
 static int unload(void)
@@ -615,7 +701,7 @@ static int usage(void)
 {
 	fputs("toa-bpf [-c FILE] [-v] load|check|stats|unload\n"
 	      "  load    put the programs into the kernel, or replace them, with the configuration as it is now\n"
-	      "  check   judge the configuration, and say whether the programs are where it says\n"
+	      "  check   judge the configuration; fails as well if what is loaded is not what it says\n"
 	      "  stats   show the counters; fails if what is loaded does not run\n"
 	      "  unload  take everything out of the kernel\n",
 	      stderr);
