@@ -432,16 +432,20 @@ def test_toa_is_there(ask: Ask) -> None:
 TRUSTED = "net.toa.trusted"
 # The module says whom it believes; for the programs their file does, which means nothing where they are not loaded.
 _BELIEVED = f"""
-sysctl -n {TRUSTED} 2>/dev/null || if {TOA_BPF_LOADED}; then sed -n 's/^trusted *= *//p' /etc/toa-bpf.conf; fi
+if list=$(sysctl -n {TRUSTED} 2>/dev/null); then echo "toa: $list"; fi
+if {TOA_BPF_LOADED}; then echo "toa-bpf: $(sed -n 's/^trusted *= *//p' /etc/toa-bpf.conf)"; fi
 """
 
 
 @pytest.mark.role("realserver")
 def test_toa_believes_the_directors(ask: Ask, realserver: RealServer) -> None:
-    """And nobody else: whoever is believed can say that he is anybody."""
-    got = _prefixes(re.split(r"[,\s]+", ask(_BELIEVED)))
+    """And nobody else: whoever is believed can say that he is anybody. Where both are there, both are asked."""
+    ask(f"! {TOA_BPF_LOADED} || toa-bpf check")  # fails where they are not loaded as their file says
     expected = _prefixes(realserver.trusted)
-    assert got == expected, f"toa believes {sorted(got)}, not {sorted(expected)}"
+    for line in ask(_BELIEVED).splitlines() or ["toa:"]:
+        name, _, words = line.partition(":")
+        got = _prefixes(re.split(r"[,\s]+", words))
+        assert got == expected, f"{name} believes {sorted(got)}, not {sorted(expected)}"
 
 
 def _prefixes(words: Iterable[str]) -> set[str]:

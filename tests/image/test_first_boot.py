@@ -277,7 +277,7 @@ BREAKS = [
         ),
         Break(
             "toa believes the directors",
-            r"toa believes \['0\.0\.0\.0/0'",
+            r"toa(-bpf)? believes \['0\.0\.0\.0/0'",
             "sed -i 's,^trusted = .*,trusted = 0.0.0.0/0,' /etc/toa-bpf.conf; "
             "sysctl -qw net.toa.trusted=0.0.0.0/0 2>/dev/null || systemctl reload-or-restart toa-bpf",
             "T=$(sed -n 's/^net.toa.trusted = //p' /etc/sysctl.d/70-host.conf); "

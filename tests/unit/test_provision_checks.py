@@ -587,17 +587,17 @@ def test_toa(cluster: Cluster) -> None:
     with complaint("neither the module toa nor toa-bpf is loaded"):
         high.test_toa_is_there(asker(toa=""))
     (realserver,) = cluster.real_servers
-    high.test_toa_believes_the_directors(lambda _: ",".join(realserver.trusted), realserver)
-    high.test_toa_believes_the_directors(lambda _: ", ".join(realserver.trusted), realserver)
     shown = [str(ipaddress.ip_network(word)) for word in realserver.trusted]
-    high.test_toa_believes_the_directors(lambda _: ",".join(shown), realserver)  # as the module has it
-    with complaint("toa believes ['10.0.0.0/8'], not ['192.168.100.1/32'"):
-        high.test_toa_believes_the_directors(lambda _: "10.0.0.0/8", realserver)
+    module, programs = f"toa: {','.join(shown)}", f"toa-bpf: {', '.join(realserver.trusted)}"
+    for told, who in {module: "", f"{module}\n{programs}": "", f"{module}\ntoa-bpf: ::/0": "toa-bpf"}.items():
+        with complaint(f"{who} believes [") if who else contextlib.nullcontext():
+            high.test_toa_believes_the_directors(asker(check="", sysctl=told), realserver)
 
 
 @pytest.mark.runs("sh")
 def test_the_unit_and_the_file_of_toa_bpf_say_nothing_of_its_programs(cluster: Cluster, tmp_path: Path) -> None:
-    real = shell(tmp_path, sysctl="exit 1", systemctl="exit 0", **{"toa-bpf": f"[ ! -e {tmp_path}/dead ]"})
+    programs = {"toa-bpf": f"cd {tmp_path}/sys && [ ! -e no-$1 ]", "sysctl": f"cat {tmp_path}/module"}
+    real = shell(tmp_path, systemctl="exit 0", **programs)
 
     def ask(command: str) -> str:
         for path in ("/proc/net", "/sys/fs/bpf", "/etc"):
@@ -615,7 +615,13 @@ def test_the_unit_and_the_file_of_toa_bpf_say_nothing_of_its_programs(cluster: C
     (tmp_path / "sys/fs/bpf/toa/link_toa_sockops").touch()
     high.test_toa_is_there(ask)
     high.test_toa_believes_the_directors(ask, realserver)
-    (tmp_path / "dead").touch()
+    (tmp_path / "module").write_text("\n")
+    with complaint("toa believes [], not ['192.168.100.1/32'"):
+        high.test_toa_believes_the_directors(ask, realserver)
+    (tmp_path / "sys/no-check").touch()
+    with pytest.raises(BuildError, match="toa-bpf check"):  # the file is right, and not loaded
+        high.test_toa_believes_the_directors(ask, realserver)
+    (tmp_path / "sys/no-stats").touch()
     with complaint("neither the module toa nor toa-bpf is loaded"):
         high.test_toa_is_there(ask)
 
