@@ -161,6 +161,8 @@ def test_what_comes_before_the_network_waits_for_nothing_that_may_come_after_it(
         assert part["Conflicts"] == "shutdown.target" and "shutdown.target" in part["Before"].split(), path
         late = {"local-fs.target", "sysinit.target", "basic.target", "network.target", "cloud-init.service"}
         assert not late & set(part["After"].split()), path
+        service = unit(build.ROOM / path)["Service"]
+        assert service["Type"] != "oneshot" or "TimeoutStartSec" in service, f"{path}: by default it has no limit"
 
 
 def test_keepalived_reloads_by_signal_and_says_when_it_is_ready() -> None:
