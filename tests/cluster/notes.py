@@ -9,8 +9,8 @@ from pathlib import Path
 from tests.cluster.traffic import Request, failed, outage
 
 _HEAD = [
-    "| story | what happened | outage, s | failed / requests | limit, s | also |",
-    "|---|---|---|---|---|---|",
+    "| story | what happened | outage, s | slowest, s | failed / requests | limit, s | also |",
+    "|---|---|---|---|---|---|---|",
 ]
 
 
@@ -22,6 +22,7 @@ class Row:
         story: its name.
         event: what happened in it, in the same words each time: by them a later row finds the one that it replaces.
         outage: seconds of the longest outage; None where no requests were made.
+        slowest: seconds that the slowest good answer took, as SYNs are sent again; None where there was none.
         failed, total: requests.
         limit: what the story allows, as text.
         also: what else was measured, as text.
@@ -30,6 +31,7 @@ class Row:
     story: str
     event: str
     outage: float | None
+    slowest: float | None
     failed: int
     total: int
     limit: str = ""
@@ -39,13 +41,15 @@ class Row:
     def of(cls, story: str, event: str, requests: Sequence[Request], limit: str = "", also: str = "") -> Row:
         """A row about requests."""
         took = outage(requests) if requests else None
-        return cls(story, event, took, len(failed(requests)), len(requests), limit, also)
+        slowest = max((each.took for each in requests if not each.error), default=None)
+        return cls(story, event, took, slowest, len(failed(requests)), len(requests), limit, also)
 
     @property
     def line(self) -> str:
         """It in the table."""
-        took = "" if self.outage is None else f"{self.outage:.1f}"
-        return f"| {self.story} | {self.event} | {took} | {self.failed} / {self.total} | {self.limit} | {self.also} |"
+        took, slowest = ("" if each is None else f"{each:.1f}" for each in (self.outage, self.slowest))
+        counts = f"{self.failed} / {self.total}"
+        return f"| {self.story} | {self.event} | {took} | {slowest} | {counts} | {self.limit} | {self.also} |"
 
 
 def merged(text: str, row: Row) -> str:

@@ -307,26 +307,34 @@ def test_a_client_writes_what_became_of_each(tmp_path: Path, monkeypatch: pytest
 # --- the table
 
 
+HEAD = [
+    "| story | what happened | outage, s | slowest, s | failed / requests | limit, s | also |",
+    "|---|---|---|---|---|---|---|",
+]
+
+
 def test_rows_of_numbers(tmp_path: Path) -> None:
-    file = tmp_path / "out" / "cluster-stories.md"
-    notes.note(file, Row.of("5 failures (ospf)", "power cut", [request(0), request(1, "x"), request(3)], "12"))
-    notes.note(file, Row("6 flood (ospf)", "SYNs", 0.0, 0, 9, also="8000 in 20 s"))
-    notes.note(file, Row("5 failures (ospf)", "power cut", 4.25, 2, 100, "12"))
-    notes.note(file, Row("6 flood (ospf)", "SYNs", 0.0, 0, 9, also="7980 in 20 s"))
+    file, story = tmp_path / "out" / "cluster-stories.md", ("5 failures (ospf)", "power cut")
+    some = [request(0), request(1, "x", took=4), request(3, took=3.04)]
+    notes.note(file, Row.of(*story, some, "12"))
+    notes.note(file, Row.of("6 flood (ospf)", "SYNs", [], also="8000 in 20 s"))
     assert file.read_text(encoding="utf-8").splitlines() == [
-        "| story | what happened | outage, s | failed / requests | limit, s | also |",
-        "|---|---|---|---|---|---|",
-        "| 5 failures (ospf) | power cut | 4.2 | 2 / 100 | 12 |  |",
-        "| 6 flood (ospf) | SYNs | 0.0 | 0 / 9 |  | 7980 in 20 s |",
+        *HEAD,
+        "| 5 failures (ospf) | power cut | 2.0 | 3.0 | 1 / 3 | 12 |  |",
+        "| 6 flood (ospf) | SYNs |  |  | 0 / 0 |  | 8000 in 20 s |",
+    ]
+    notes.note(file, Row.of(*story, some[:1], "15"))
+    assert file.read_text(encoding="utf-8").splitlines()[2:] == [
+        "| 5 failures (ospf) | power cut | 0.0 | 0.1 | 0 / 1 | 15 |  |",
+        "| 6 flood (ospf) | SYNs |  |  | 0 / 0 |  | 8000 in 20 s |",
     ]
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 def test_an_older_table_keeps_its_rows_and_gets_the_new_head() -> None:
     older = "| story | what happened |\n|---|---|\n| 1 traffic (ospf) | nothing |\n"
-    assert notes.merged(older, Row("2 traffic (vrrp)", "nothing", None, 0, 0)).splitlines() == [
-        "| story | what happened | outage, s | failed / requests | limit, s | also |",
-        "|---|---|---|---|---|---|",
+    assert notes.merged(older, Row.of("2 traffic (vrrp)", "nothing", [])).splitlines() == [
+        *HEAD,
         "| 1 traffic (ospf) | nothing |",
-        "| 2 traffic (vrrp) | nothing |  | 0 / 0 |  |  |",
+        "| 2 traffic (vrrp) | nothing |  |  | 0 / 0 |  |  |",
     ]
