@@ -290,13 +290,7 @@ def _judge(
 ) -> list[Request]:
     """Write down what clients saw: nothing failed before the event, and nothing that began after its end.
 
-    Args:
-        cluster: with them.
-        clients: they.
-        story, event: for the table.
-        begun, end: when it happened, and when all directors knew.
-        limit: the seconds that they may take, by the configuration.
-        back: the seconds after which they knew that it was over.
+    By its end all directors knew of it; after `back` seconds they knew that it was over.
     """
     requests = clients.so_far()
     also = f"out after {end - begun:.1f} s" + ("" if back is None else f", back after {back:.1f} s")
