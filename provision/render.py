@@ -30,7 +30,7 @@ from pipeline.errors import BuildError
 from pipeline.store import remove_tree
 from provision import cluster as clusters
 from provision.host import File, Host, Interface, Network
-from provision.model import Cluster, Director, Instance, Service
+from provision.model import Cluster, Director, Service
 
 TEMPLATES = Path(__file__).with_name("templates")
 FILES = "/etc/lvs/files"
@@ -170,7 +170,7 @@ class Renderer:
             here, there = (
                 (host.uplink, host.downlink) if instance.interface == "uplink" else (host.downlink, host.uplink)
             )
-            settling = self._settling(host, instance, mine)
+            settling = _settling(mine) if instance.track or here == host.downlink else 0
             yield {
                 "name": instance.name,
                 # keepalived ignores the delay of who begins as MASTER; the priority alone elects the same one.
@@ -186,19 +186,6 @@ class Renderer:
                 "excluded": [vip for vip in vips if vip.version != first],
             }
 
-    def _settling(self, host: Director, instance: Instance, services: Sequence[Service]) -> int:
-        """Seconds for which a director leaves the VIPs to a backup that has them, when it could have them itself.
-
-        Until then its health checks have found the real servers, which they had taken out while its downlink was down.
-        0 for an instance that does not look at the downlink. The second more is for the answers to the last check.
-        """
-        link = host.uplink if instance.interface == "uplink" else host.downlink
-        if not instance.track and link != host.downlink:
-            return 0
-        checks = (each.check.revival(service.delay_loop) for service in services for each in service.real_servers)
-        slowest = max(checks, default=0)
-        return min(slowest + 1, _LONGEST_PREEMPT_DELAY) if slowest else 0
-
     def _announced(self, version: int) -> list[Network]:
         return [prefix for prefix in self.cluster.vip_prefixes if prefix.version == version]
 
@@ -211,6 +198,17 @@ class Renderer:
     @functools.cache  # noqa: B019  a renderer lives as long as one run
     def _template(self, path: str) -> jinja2.Template:
         return self._environment.get_template(f"{path[1:]}.j2")
+
+
+def _settling(services: Sequence[Service]) -> int:
+    """Seconds for which a director leaves the VIPs to a backup that has them, when it could have them itself.
+
+    Until then its health checks have found the real servers, which they had taken out while its downlink was down. The
+    second more is for the answers to the last check.
+    """
+    checks = (each.check.revival(service.delay_loop) for service in services for each in service.real_servers)
+    slowest = max(checks, default=0)
+    return min(slowest + 1, _LONGEST_PREEMPT_DELAY) if slowest else 0
 
 
 def _file(path: str, text: str) -> File:
