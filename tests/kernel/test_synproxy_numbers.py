@@ -272,7 +272,7 @@ with socket.socket(socket.AF_INET6) as link:
     link.connect((vip, 80))
     link.sendall(b"GET /bulk HTTP/1.0\\r\\n\\r\\n")
     while link.recv(4096):
-        time.sleep(0.05)
+        time.sleep(0.05)  # the server is removed in the midst of it
 """
 
 
