@@ -16,7 +16,7 @@ import fcntl
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from pipeline.errors import BuildError
 from pipeline.store import remove_tree
 from provision import cluster as clusters
 from provision.host import File, Host, Interface, Network
-from provision.model import Cluster, Director, Service
+from provision.model import Cluster, Director, Instance, Service
 
 TEMPLATES = Path(__file__).with_name("templates")
 FILES = "/etc/lvs/files"
@@ -158,6 +158,10 @@ class Renderer:
 
     def _instances(self, host: Director, service: Service, services: Sequence[Service]) -> Iterator[dict[str, Any]]:
         """The VRRP instance that stands in a service's file: the first one of its services has it."""
+        # All of a director's instances come back together: with NAT clients come in by one, and the answers of real
+        # servers by another, whose VIP is their gateway.
+        theirs = {each.instance for each in services}
+        settling = _settling(host, [each for each in self.cluster.instances if each.name in theirs], services)
         for instance in self.cluster.instances:
             mine = [each for each in services if each.instance == instance.name]
             if not mine or mine[0] is not service:
@@ -167,10 +171,7 @@ class Renderer:
             first = min(vip.version for vip in vips)
             names = {name for each in mine for name in each.directors}
             rivals = [director.priority for director in self.cluster.directors if director.name in names]
-            here, there = (
-                (host.uplink, host.downlink) if instance.interface == "uplink" else (host.downlink, host.uplink)
-            )
-            settling = _settling(mine) if instance.track or here == host.downlink else 0
+            here, there = _links(host, instance)
             yield {
                 "name": instance.name,
                 # keepalived ignores the delay of who begins as MASTER; the priority alone elects the same one.
@@ -200,12 +201,20 @@ class Renderer:
         return self._environment.get_template(f"{path[1:]}.j2")
 
 
-def _settling(services: Sequence[Service]) -> int:
+def _links(host: Director, instance: Instance) -> tuple[str, str]:
+    """The interface on which a VRRP instance speaks, and the director's other one; one arm has the same for both."""
+    here, there = host.uplink, host.downlink
+    return (here, there) if instance.interface == "uplink" else (there, here)
+
+
+def _settling(host: Director, instances: Iterable[Instance], services: Sequence[Service]) -> int:
     """Seconds for which a director leaves the VIPs to a backup that has them, when it could have them itself.
 
     Until then its health checks have found the real servers, which they had taken out while its downlink was down. The
-    second more is for the answers to the last check.
+    second more is for the answers to the last check. 0 where no instance looks at the downlink, as in the manual.
     """
+    if not any(each.track or _links(host, each)[0] == host.downlink for each in instances):
+        return 0
     checks = (each.check.revival(service.delay_loop) for service in services for each in service.real_servers)
     slowest = max(checks, default=0)
     return min(slowest + 1, _LONGEST_PREEMPT_DELAY) if slowest else 0

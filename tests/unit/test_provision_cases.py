@@ -9,6 +9,7 @@ expected/ without seed.iso, and read the diff.
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 from pathlib import Path
@@ -208,6 +209,26 @@ def test_a_master_comes_back_after_the_slowest_check(tmp_path: Path) -> None:
     for service in data["services"]:
         service["check"] = {"none": True}
     assert rendered() == ["state MASTER"]
+
+
+def test_a_directors_instances_come_back_together(tmp_path: Path) -> None:
+    """With NAT, a master of the clients' VIPs that has not the real servers' gateway loses every answer."""
+    data = yaml.safe_load((TOP / "provision/examples/lab-vrrp.yaml").read_text(encoding="utf-8"))
+    data["vrrp"]["instances"] += [{"name": "GATEWAY", "id": 201, "interface": "downlink"}]
+    for service in data["services"]:
+        service["instance"] = "VI_1"
+    gateway = {"name": "gateway", "instance": "GATEWAY", "check": {"none": True}, "vips": ["203.0.113.3"]}
+    data["services"] += [{**copy.deepcopy(data["services"][1]), **gateway}]
+    for tracked in (True, False):
+        data["vrrp"]["instances"][0]["track"] = tracked
+        (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+        render.render_cluster(tmp_path / "cluster.yaml", tmp_path / "out")
+        for name in ("web", "gateway"):
+            text = (tmp_path / "out/lvs-1/rootfs/etc/keepalived" / f"{name}.conf").read_text(encoding="utf-8")
+            assert re.findall(r"^    (state \S+|preempt_delay \S+)$", text, re.MULTILINE) == [
+                "state BACKUP",
+                "preempt_delay 7",
+            ]
 
 
 @pytest.mark.parametrize("priority", [None, 0, 7])
