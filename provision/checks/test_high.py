@@ -431,9 +431,10 @@ def test_toa_is_there(ask: Ask) -> None:
 
 TRUSTED = "net.toa.trusted"
 # The module says whom it believes; for the programs their file does, which means nothing where they are not loaded.
+_OF_THE_FILE = "s/#.*//; s/^[[:space:]]*trusted[[:space:]]*=//p"
 _BELIEVED = f"""
 if list=$(sysctl -n {TRUSTED} 2>/dev/null); then echo "toa: $list"; fi
-if {TOA_BPF_LOADED}; then echo "toa-bpf: $(sed -n 's/^trusted *= *//p' /etc/toa-bpf.conf)"; fi
+if {TOA_BPF_LOADED}; then echo "toa-bpf: $(sed -n '{_OF_THE_FILE}' /etc/toa-bpf.conf)"; fi
 """
 
 

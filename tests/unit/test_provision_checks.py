@@ -605,7 +605,7 @@ def test_the_unit_and_the_file_of_toa_bpf_say_nothing_of_its_programs(cluster: C
 
     (realserver,) = cluster.real_servers
     (tmp_path / "etc").mkdir()
-    (tmp_path / "etc/toa-bpf.conf").write_text(f"# whom\ntrusted = {', '.join(realserver.trusted)}\n")
+    (tmp_path / "etc/toa-bpf.conf").write_text(f"# whom\n trusted\t= {', '.join(realserver.trusted)} # us\n")
     with complaint("neither the module toa nor toa-bpf is loaded"):
         high.test_toa_is_there(ask)
     with complaint("toa believes [], not ['192.168.100.1/32'"):
