@@ -392,11 +392,13 @@ class _Reader:
                         f"{address} is an interface's own address ({where}); the two must not coincide",
                     )
         slots: dict[tuple[str, int], str] = {}
-        wanted: dict[str, dict[str, None]] = {}
+        wanted: dict[str, dict[str, dict[int, str]]] = {}  # who for: the first service of each family
         for service in services:
             for name in service.directors:
                 if service.pool in pools:
-                    wanted.setdefault(name, {})[service.pool or ""] = None
+                    of_pool = wanted.setdefault(name, {}).setdefault(service.pool or "", {})
+                    for version in service.versions:
+                        of_pool.setdefault(version, service.name)
         for n, (director, entry) in enumerate(zip(directors, entries, strict=True)):
             extra = {
                 name: tuple(self.beyond(name, share, pools, n)) for name, share in _items(entry, "local_addresses")
@@ -414,6 +416,14 @@ class _Reader:
                     self.slot(slots, pool, director.slot, f"directors[{n}].slot")
                 share = (*pool.share(director.slot), *extra.get(name, ())) if director.slot else ()
                 self.local_share(pool, share, director, n)
+                for version, user in mine[name].items():
+                    # keepalived ignores a service that has none.
+                    has = any(address.version == version for address in share)
+                    if not has and 0 < director.slot <= pool.slots(version):
+                        self.problems.add(
+                            f"local_addresses.{name}.without",
+                            f"leaves no IPv{version} address to {director.name}, for {user}",
+                        )
                 dealt[name] = share
             yield dataclasses.replace(director, extra=extra, local_addresses=dealt)
 

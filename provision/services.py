@@ -24,7 +24,9 @@ from provision.model import Check, Destination, Instance, Service
 from provision.pools import Pool
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
-_PATH = re.compile(r"/[!#-~]*")  # what keepalived takes as one word
+# What keepalived takes as one word: all of ASCII but what quotes, begins a remark or a block, or names a variable
+# (! " # $ \ { }).
+_PATH = re.compile(r"/[%-\[\]-z|~]*")
 
 
 class ServiceReader:
@@ -86,6 +88,10 @@ class ServiceReader:
                     self.once(taken, f"{vip} port {port}/{service.protocol}", f"{place}.vips[{m}]")
             found.append(service)
         for service in found:
+            for version in service.versions:
+                # keepalived takes the first of two groups with one name for both.
+                if (group := service.group(version)) != service.name and group in names:
+                    self.problems.add(names[group], f"{group} is what keepalived's files call {service.name} for IPv6")
             # Scripts cannot count: with the first of two services to lose its quorum the VIP of both would go.
             counted = not self.scripts or any(users.get(vip, 0) > 1 for vip in service.vips)
             yield dataclasses.replace(service, bind_device="lo" if self.mode == "ospf" and counted else None)

@@ -397,10 +397,21 @@ BAD_OSPF: dict[str, tuple[Change, list[str]]] = {
         at("services.0.check", {"tcp": {}, "none": True}),
         ["services[0].check: exactly one of tcp, http, https and none is wanted"],
     ),
+    "service with the name of another one's group": (
+        at("services.0.name", "tls-v6"),
+        ["services[0].name: tls-v6 is what keepalived's files call tls for IPv6"],
+    ),
     "check that is not none": (
         at("services.0.check", {"none": False}),
         ["services[0].check.none: write true, or another check"],
     ),
+    **{
+        f"{sign} in the path of a check": (
+            at("services.0.check", {"http": {"path": f"/live{sign}x"}}),
+            [f"services[0].check.http.path: {f'/live{sign}x'!r} cannot stand in keepalived's file"],
+        )
+        for sign in '!"#$\\{} '
+    },
     "path of a check": (
         at("services.0.check", {"http": {"path": "index.html"}}),
         ["services[0].check.http.path: 'index.html' cannot stand in keepalived's file"],
@@ -450,6 +461,10 @@ BAD_OSPF: dict[str, tuple[Change, list[str]]] = {
     "VIP of a family without real server": (
         at("services.1.real_servers.1.address", "198.51.100.2"),
         ["services[1].real_servers: none is IPv6, as one of its VIPs is"],
+    ),
+    "all local addresses of a family taken out": (
+        at("local_addresses.laddr_g1.without", [f"2001:db8:64::{n}" for n in range(1, 5)]),
+        ["local_addresses.laddr_g1.without: leaves no IPv6 address to lvs-1, for tls"],
     ),
     "VIP of a family without local addresses": (
         at("local_addresses.laddr_g1.addresses.1", drop=True),
