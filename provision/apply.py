@@ -13,8 +13,9 @@ import io
 import re
 import shlex
 import tarfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_interface
 from pathlib import Path
 
 from pipeline import progress, run
@@ -389,12 +390,22 @@ def _removal(address: str, device: str) -> str:
     return f"grep -q {there} {STATE}/addresses || ip address del {address} dev {device} 2>/dev/null || :"
 
 
-# What a service's quorum_up does; keepalived runs it when the quorum comes, and not when a reload changes the script.
+# What a service's quorum_up does, which keepalived runs at a reload only where the script has changed; and the VIPs of a
+# file that has keepalived bind them itself.
 _BOUND = re.compile(r"ip addr add (\S+) dev (\S+?);")
+_GROUP = re.compile(r"^virtual_server_group \S+ \{\n(.*?)^\}", re.M | re.S)
+_MEMBER = re.compile(r"^ *(\S+) \d+$", re.M)
 
 
 def _bound(file: File | None) -> dict[str, str]:
     return {} if file is None else dict(_BOUND.findall(file.content))
+
+
+def _taken_over(file: File | None) -> Iterator[str]:
+    """The VIPs that keepalived binds by itself: of one that is there already it makes no fuss."""
+    if file is not None and re.search(r"^ *vip_bind_dev ", file.content, re.M):
+        for group in _GROUP.findall(file.content):
+            yield from (f"{ip_interface(vip)}" for vip in _MEMBER.findall(group))
 
 
 def rebinding(changes: Sequence[tuple[File | None, File | None]]) -> list[str]:
@@ -404,7 +415,7 @@ def rebinding(changes: Sequence[tuple[File | None, File | None]]) -> list[str]:
         changes: keepalived's files, each before and after.
     """
     before, after = ([_bound(pair[n]) for pair in changes] for n in (0, 1))
-    wanted = {vip for vips in after for vip in vips}
+    wanted = {vip for vips in after for vip in vips} | {vip for _, file in changes for vip in _taken_over(file)}
     lines = []
     for old, new in zip(before, after, strict=True):
         lines += [f"ip address del {vip} dev {dev} 2>/dev/null || :" for vip, dev in old.items() if vip not in wanted]

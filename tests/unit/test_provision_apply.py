@@ -285,6 +285,16 @@ def test_a_vip_more_is_bound_where_the_others_are() -> None:
     assert applying.rebinding([(None, new)]) == []
 
 
+def test_a_vip_that_keepalived_takes_over_stays(lab: Lab, folder: Path) -> None:
+    """Its script's service got a second one on the VIP: removed, it would be announced nowhere until it is bound again."""
+    applying.apply(cluster_of(folder, vip_binding="scripts"), ["lvs-1"], lab.connect, well)
+    lab.calls("lvs-1")
+    services = copy.deepcopy(OSPF["services"])
+    services.append({**copy.deepcopy(services[0]), "name": "more", "ports": [8443], "vips": ["203.0.113.1"]})
+    applying.apply(cluster_of(folder, vip_binding="scripts", services=services), ["lvs-1"], lab.connect, well)
+    assert acts(lab.calls("lvs-1")) == ["systemctl reload-or-restart keepalived"]
+
+
 # As keepalived's reload begins: the kernel's set still has the address, and no connection of it is open.
 SET = """\
 VIP:VPORT               TOTAL    SNAT_IP              CONFLICTS  CONNS
