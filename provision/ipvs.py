@@ -1,12 +1,18 @@
-"""The kernel's table of virtual services, as ipvsadm prints it."""
+"""The kernel's tables of virtual services, as ipvsadm prints it, and of connections."""
 
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from provision.host import Address
 from provision.model import Director, Service
+from provision.remote import Remote
 
+CONNECTIONS = "/proc/net/ip_vs_conn"
+_COUNT_SECONDS = 60
 METHODS = {"FNAT": "FullNat", "NAT": "Masq", "DR": "Route", "TUN": "Tunnel"}
 
 
@@ -88,3 +94,34 @@ def shares(director: Director, service: Service, version: int) -> set[str]:
     """The local addresses of a service on a director, of one family."""
     pool = director.local_addresses.get(service.pool or "", ())
     return {str(address) for address in pool if address.version == version}
+
+
+def hexadecimal(address: Address) -> str:
+    """An address as the kernel prints it in its table of connections."""
+    return f"{int(address):08X}" if address.version == 4 else address.exploded
+
+
+def open_connections(remote: Remote, fields: str, keys: Iterable[str]) -> int | None:
+    """How many connections have one of these keys; None where the host could not count them in a minute.
+
+    Those in TIME_WAIT and CLOSE do not count: both ends have said their last, and the entry only rests. The other
+    states of closing do, as one end may still have much to send; ipvsadm counts them as inactive.
+
+    Args:
+        remote: the director.
+        fields: what of a line is the key, in awk's words.
+        keys: the keys.
+
+    Raises:
+        BuildError: it cannot be asked.
+    """
+    # Counted there: they may be millions. For each page that is read the kernel goes through its table from the
+    # beginning, so the time grows with the square of their number.
+    answer = remote.run(
+        f"nice -n 19 timeout {_COUNT_SECONDS} awk -v words={shlex.quote(','.join(keys))} '"
+        'BEGIN { split(words, list, ","); for (n in list) going[list[n]] }'
+        f' NF >= 9 && ({fields}) in going && $8 != "TIME_WAIT" && $8 != "CLOSE" {{ count++ }}'
+        f" END {{ print count + 0 }}' {CONNECTIONS} || [ $? = 124 ]",
+        what="counting connections",
+    )
+    return int(answer.stdout) if answer.stdout.strip() else None

@@ -18,9 +18,7 @@ from provision.host import Host
 from provision.model import Cluster, Director
 from provision.remote import Opener, Remote, command
 
-CONNECTIONS = "/proc/net/ip_vs_conn"
 _RELOAD_SECONDS = 120.0  # keepalived judges its files in a process of its own before it takes them
-_COUNT_SECONDS = 60
 
 
 def listed(text: str) -> dict[str, str]:
@@ -171,23 +169,9 @@ def drained(remote: Remote, addresses: Iterable[str], seconds: float) -> None:
 
 
 def connections(remote: Remote, addresses: Iterable[str]) -> int | None:
-    """How many connections use these local addresses; None where the host could not count them in a minute.
-
-    Those in TIME_WAIT and CLOSE do not count: both ends have said their last, and the entry only rests. The other
-    states of closing do, as one end may still have much to send.
+    """How many open connections use these local addresses; None where the host could not count them.
 
     Raises:
         BuildError: it cannot be asked.
     """
-    found = map(ip_address, addresses)
-    words = " ".join(f"{int(each):08X}" if each.version == 4 else each.exploded for each in found)
-    # Counted there: they may be millions. For each page that is read the kernel goes through its table from the
-    # beginning, so the time grows with the square of their number.
-    answer = remote.run(
-        f"nice -n 19 timeout {_COUNT_SECONDS} awk -v words={shlex.quote(words)} '"
-        'BEGIN { split(words, list, " "); for (n in list) going[list[n]] }'
-        ' NF == 13 && $12 in going && $8 != "TIME_WAIT" && $8 != "CLOSE" { count++ }'
-        f" END {{ print count + 0 }}' {CONNECTIONS} || [ $? = 124 ]",
-        what="counting connections",
-    )
-    return int(answer.stdout) if answer.stdout.strip() else None
+    return ipvs.open_connections(remote, "$12", [ipvs.hexadecimal(ip_address(each)) for each in addresses])

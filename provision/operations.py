@@ -21,13 +21,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
-from pipeline import run
+from pipeline import progress, run
 from pipeline.errors import BuildError
 from provision import cluster as clusters
 from provision import ipvs
 from provision.host import Address, Host
 from provision.model import TOA_BPF_RUNS, Cluster, Director, Service
-from provision.remote import Opener
+from provision.remote import Opener, Remote
 
 # How people indent lists: mapping, sequence, offset of the dash. The first that gives a file back unchanged is taken.
 _FORMS = ((2, 4, 2), (2, 2, 0), (4, 4, 2), (4, 4, 0), (4, 6, 4), (4, 2, 0))
@@ -479,11 +479,27 @@ def has_toa(cluster: Cluster, address: str, connect: Opener) -> None:
         )
 
 
-def connections(service: Service, address: Address, port: int, listing: str) -> int:
-    """The active connections of a real server in what `ipvsadm -Ln` printed, over all VIPs of a service."""
-    rows = ipvs.read(listing, "").rows
-    mine, name = ipvs.wanted((service,)), ipvs.point(address, port)
-    return sum(found[name].active for key, found in rows.items() if key in mine and name in found)
+def connections(remote: Remote, service: Service, address: Address, port: int) -> int | None:
+    """The open connections of a real server over all VIPs of a service; None where a director could not count them.
+
+    Raises:
+        BuildError: the director cannot be asked.
+    """
+    rows = ipvs.read(remote.run("ipvsadm -Ln").stdout, "").rows
+    name = ipvs.point(address, port)
+    mine = [rows[key][name] for key in ipvs.wanted((service,)) if name in rows.get(key, {})]
+    # Whoever has closed in one direction only is among the inactive, as is who has closed in both; the table of all
+    # connections knows, but reading it is dear.
+    if (active := sum(row.active for row in mine)) or not any(row.inactive for row in mine):
+        return active
+    theirs = f"{ipvs.hexadecimal(address)} {port:04X}"
+    keys = [
+        f"{service.protocol} {ipvs.hexadecimal(vip)} {each:04X} {theirs}"
+        for vip in service.vips
+        if vip.version == address.version
+        for each in service.ports
+    ]
+    return ipvs.open_connections(remote, '$1 " " $4 " " $5 " " $6 " " $7', keys)
 
 
 def drained(cluster: Cluster, service: str, address: str, port: int, connect: Opener, seconds: float) -> None:
@@ -495,13 +511,19 @@ def drained(cluster: Cluster, service: str, address: str, port: int, connect: Op
     found = next(each for each in cluster.services if each.name == service)
     wanted, number = address_of(address), port or found.ports[0]
     left: dict[str, int] = {}
+    uncounted: set[str] = set()
 
     def ended() -> bool:
         left.clear()
         for director in serving(cluster, service):
+            if director.name in uncounted:
+                continue
             with connect(director) as remote:
-                count = connections(found, wanted, number, remote.run("ipvsadm -Ln").stdout)
-            if count:
+                count = connections(remote, found, wanted, number)
+            if count is None:
+                uncounted.add(director.name)
+                progress.note(f"{director.name}: too many connections to find those of {address} that are half closed")
+            elif count:
                 left[director.name] = count
         return not left
 

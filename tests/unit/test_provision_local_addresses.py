@@ -16,7 +16,7 @@ import yaml
 from pipeline import progress, run
 from pipeline.errors import BuildError
 from provision import cluster as clusters
-from provision import local_addresses
+from provision import ipvs, local_addresses
 from provision.host import Host
 from provision.model import Cluster
 from provision.remote import Answer, Remote
@@ -65,7 +65,7 @@ class Kernel:
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(local_addresses, "CONNECTIONS", str(tmp_path / "ip_vs_conn"))
+    monkeypatch.setattr(ipvs, "CONNECTIONS", str(tmp_path / "ip_vs_conn"))
     return tmp_path / "ip_vs_conn"
 
 
@@ -79,8 +79,8 @@ def test_connections_of_local_addresses(table: Path) -> None:
 @SHELL
 def test_a_table_that_is_too_large(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(table.with_name("slow"))
-    monkeypatch.setattr(local_addresses, "CONNECTIONS", str(table.with_name("slow")))
-    monkeypatch.setattr(local_addresses, "_COUNT_SECONDS", 0.1)
+    monkeypatch.setattr(ipvs, "CONNECTIONS", str(table.with_name("slow")))
+    monkeypatch.setattr(ipvs, "_COUNT_SECONDS", 0.1)
     assert local_addresses.connections(Kernel(table, [], [""]), BOTH) is None
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from pipeline import settings
+from pipeline import run, settings
 from pipeline.errors import BuildError
-from provision import checking, rollout
+from provision import checking, ipvs, remote, rollout
 from provision import cluster as clusters
 from provision import operations as ops
 
@@ -401,6 +401,7 @@ Prot LocalAddress:Port Scheduler Flags
 TCP  203.0.113.1:80 rr
   -> 198.51.100.1:80              FullNat 100    7          1
   -> 198.51.100.2:80              FullNat 0      3          9
+  -> 198.51.100.3:80              FullNat 0      0          2
 TCP  203.0.113.2:80 rr
   -> 198.51.100.2:80              FullNat 0      2          0
 TCP  203.0.113.3:8080 rr
@@ -408,11 +409,38 @@ TCP  203.0.113.3:8080 rr
 """
 
 
-def test_connections_are_counted_over_the_services_vips(path: Path) -> None:
-    from ipaddress import ip_address
+# By the services, and one that another service has at the same port of the real server.
+CONNECTIONS = """\
+Pro FromIP   FPrt ToIP     TPrt DestIP   DPrt State       Expires PEName PEData LocalIP LPrt
+TCP C0000201 0FA0 CB007101 0050 C6336403 0050 FIN_WAIT        119 - - C0A86403 0400
+TCP C0000201 0FA1 CB007102 0050 C6336403 0050 CLOSE_WAIT       59 - - C0A86403 0401
+TCP C0000201 0FA2 CB007101 0050 C6336403 0050 TIME_WAIT       119 - - C0A86403 0402
+TCP C0000201 0FA3 CB007101 0050 C6336403 0051 FIN_WAIT        119 - - C0A86403 0403
+TCP C0000201 0FA4 CB007103 1F90 C6336403 0050 FIN_WAIT        119 - - C0A86403 0404
+UDP C0000201 0FA5 CB007101 0050 C6336403 0050 UDP             299 - - C0A86403 0405
+"""
+
+
+@pytest.mark.runs("sh")
+def test_connections_are_counted_over_the_services_vips(path: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(ipvs, "CONNECTIONS", str(tmp_path / "ip_vs_conn"))
+    (tmp_path / "ip_vs_conn").write_text(CONNECTIONS)
+    asked = []
+
+    class Director:
+        def run(self, script: str, **_: Any) -> remote.Answer:
+            asked.append(script)
+            if script == "ipvsadm -Ln":
+                return remote.Answer(0, LISTING, "")
+            return remote.Answer(0, run.run(["sh", "-eu"], stdin=script).stdout, "")
+
+    def counted(address: str, port: int) -> int | None:
+        asked.clear()
+        return ops.connections(cast(remote.Remote, Director()), shop, ip_address(address), port)
 
     shop = clusters.load(path).services[0]
-    assert ops.connections(shop, ip_address("198.51.100.2"), 80, LISTING) == 5
-    assert ops.connections(shop, ip_address("198.51.100.1"), 80, LISTING) == 7
-    assert ops.connections(shop, ip_address("198.51.100.1"), 81, LISTING) == 0
-    assert copy.copy(shop) == shop
+    assert counted("198.51.100.2", 80) == 5
+    assert counted("198.51.100.1", 80) == 7
+    assert counted("198.51.100.1", 81) == 0
+    assert asked == ["ipvsadm -Ln"]  # the other table is dear to read
+    assert counted("198.51.100.3", 80) == 2
