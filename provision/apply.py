@@ -390,8 +390,7 @@ def _removal(address: str, device: str) -> str:
     return f"grep -q {there} {STATE}/addresses || ip address del {address} dev {device} 2>/dev/null || :"
 
 
-# What a service's quorum_up does, which keepalived runs at a reload only where the script has changed; and the VIPs of a
-# file that has keepalived bind them itself.
+# What a service's quorum_up does, which keepalived runs at a reload only where the script has changed.
 _BOUND = re.compile(r"ip addr add (\S+) dev (\S+?);")
 _GROUP = re.compile(r"^virtual_server_group \S+ \{\n(.*?)^\}", re.M | re.S)
 _MEMBER = re.compile(r"^ *(\S+) \d+$", re.M)

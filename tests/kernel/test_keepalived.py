@@ -586,6 +586,28 @@ def test_an_address_is_bound_while_any_service_is_up(balanced: Callable[..., Bal
     keepalived.must_bind("lo", present)
 
 
+def test_an_address_that_a_script_has_bound_is_taken_over(balanced: Callable[..., Balanced]) -> None:
+    """And given back: what keepalived removes the script binds again."""
+    where = balanced()
+    net, keepalived = where.net, where.keepalived
+    present = keepalived.bound("lo")
+    vip = f"{where.vip(4)}/{HOST[4]} dev lo"
+    web = Virtual("web", (where.vip(4),), (Real(net.addresses(4)[0]),), tuple(_addresses(net, 4, 1)))
+    script = dataclasses.replace(web, more=(f'quorum_up "ip addr add {vip};"', f'quorum_down "ip addr del {vip};"'))
+    where.configure(script)
+    keepalived.start()
+    keepalived.must_bind("lo", [*present, where.vip(4)])
+    where.configure(dataclasses.replace(web, more=("vip_bind_dev lo",)))
+    said = keepalived.reload()
+    assert not [line for line in said if "Virtual address" in line]
+    assert where.vip(4) in keepalived.bound("lo")
+    where.configure(script)
+    said = keepalived.reload()
+    assert [line for line in said if "Virtual address" in line] == [f"Virtual address {where.vip(4)} removed from lo"]
+    keepalived.must_bind("lo", [*present, where.vip(4)])
+    keepalived.stop()
+
+
 def test_udp_ports_and_firewall_marks(balanced: Callable[..., Balanced]) -> None:
     where = balanced()
     net, keepalived = where.net, where.keepalived

@@ -286,7 +286,7 @@ def test_a_vip_more_is_bound_where_the_others_are() -> None:
 
 
 def test_a_vip_that_keepalived_takes_over_stays(lab: Lab, folder: Path) -> None:
-    """Its script's service got a second one on the VIP: removed, it would be announced nowhere until it is bound again."""
+    """A second service on a script's VIP: were it removed, it would be announced nowhere until it is bound again."""
     applying.apply(cluster_of(folder, vip_binding="scripts"), ["lvs-1"], lab.connect, well)
     lab.calls("lvs-1")
     services = copy.deepcopy(OSPF["services"])
