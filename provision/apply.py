@@ -84,7 +84,7 @@ class Plan:
             found.append("sysctl")
         if self.keepalived:
             found.append("keepalived")
-        if "/etc/lvs/host.conf" in paths or "network" in found:
+        if {"/etc/lvs/host.conf", "/etc/lvs/vips.nft"}.intersection(paths) or "network" in found:
             found.append("rc-local")
         if "/etc/toa-bpf.conf" in paths:
             found.append("toa-bpf")
@@ -510,7 +510,7 @@ _ACT: Mapping[str, str] = {
     "network": _NETWORK,
     "sysctl": "/lib/systemd/systemd-sysctl\n",
     "keepalived": "systemctl reload-or-restart keepalived\n",
-    # Adds local addresses that are new, removes those that are gone.
+    # Adds local addresses that are new, removes those that are gone; and loads what nft is told.
     "rc-local": "systemctl restart rc-local\n",
     "toa-bpf": f"! {TOA_BPF_LOADED} || toa-bpf load\n",
     **{

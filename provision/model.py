@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from ipaddress import collapse_addresses
+from ipaddress import collapse_addresses, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +259,23 @@ class Cluster:
     def services_of(self, director: Director) -> tuple[Service, ...]:
         """What a director serves, in the order of the file."""
         return self._by_director.get(director.name, ())
+
+    def passing(self, host: Host) -> tuple[Network, ...]:
+        """The prefixes of VIPs that a director in mode vrrp drops packets for, while the VIP is on another one.
+
+        Forwarded, they would come back from the router. On one arm they cannot be told from what real servers send, and
+        where a prefix has other hosts in it from what is for those: the directors' own networks, and real servers.
+        """
+        if not isinstance(host, Director) or host.mode != "vrrp" or host.uplink == host.downlink:
+            return ()
+        others = [network for nic in host.interfaces for network in nic.networks]
+        others += [ip_network(each.address) for service in self.services for each in service.real_servers]
+        others += [ip_network(address) for server in self.real_servers for address in server.own_addresses]
+        return tuple(
+            prefix
+            for prefix in self.vip_prefixes
+            if not any(prefix.version == other.version and prefix.overlaps(other) for other in others)
+        )
 
     @cached_property
     def _by_director(self) -> Mapping[str, tuple[Service, ...]]:

@@ -130,6 +130,7 @@ class Renderer:
                         cluster=self.cluster,
                         services=services,
                         announced=self._announced,
+                        passing=self.cluster.passing(host),
                         networks=lambda version, host=host: self._networks(host, version),
                     ),
                 )

@@ -89,6 +89,19 @@ def own_addresses(ask: Ask, director: Director, device: str) -> set[str | None]:
     return {str(address) for address in director.own_addresses} | {each.get("local") for each in link["addr_info"]}
 
 
+@pytest.mark.role("director", "vrrp")
+def test_packets_for_vips_elsewhere_are_dropped(ask: Ask, cluster: Cluster, director: Director) -> None:
+    """Clients of a VIP that moves would be told that there is no way to it."""
+    table = ask("nft list table inet lvs 2>/dev/null || :")
+    found = {ipaddress.ip_network(prefix) for prefix in re.findall(r"\bdaddr (\S+) .*\bdrop\b", table)}
+    wanted = set(cluster.passing(director))
+    assert found == wanted, f"dropped for {_sorted(found)}, not for {_sorted(wanted)} (systemctl restart rc-local)"
+
+
+def _sorted(networks: Iterable[object]) -> list[str]:
+    return sorted(map(str, networks))
+
+
 @pytest.mark.role("director")
 def test_local_addresses_are_on_the_downlink(addresses: dict[str, set[str]], director: Director) -> None:
     wanted = {f"{address}/{address.max_prefixlen}" for address in director.all_local_addresses}

@@ -1,6 +1,7 @@
 """The director's `/etc/rc.local` with tools that only write down how they were called: `tests/cases/rc-local/<case>/`.
 
 host.conf       what the host was given; missing where it was given nothing
+vips.nft        what nft is told about packets for VIPs, where it is told anything
 machine.yaml    the NICs: offloads as `ethtool -k` names them, and networkd's file for the link; how often rc.local has
                 waited when the NIC appears (after), and when networkd has decided about it (networkd_after)
 expected        what was said, what was called in which order, and how often rc.local has waited
@@ -55,11 +56,18 @@ def build(root: Path, case: Path) -> None:
         put(here / link, "ADMIN_STATE=pending\n")
         put(decided / link, network or "ADMIN_STATE=unmanaged\n")
     put(root / "failing", "".join(f"{line}\n" for line in machine.get("failing", [])))
-    for tool in ("bin/ethtool", "bin/ip", "usr/sbin/set_irq_affinity", "lib/systemd/systemd-networkd-wait-online"):
+    for tool in (
+        "bin/ethtool",
+        "bin/ip",
+        "usr/sbin/nft",
+        "usr/sbin/set_irq_affinity",
+        "lib/systemd/systemd-networkd-wait-online",
+    ):
         put(root / tool, FAKE, 0o755)
     put(root / "bin/sleep", SLEEP, 0o755)
-    if (case / "host.conf").exists():
-        put(root / "etc/lvs/host.conf", (case / "host.conf").read_text(encoding="utf-8"))
+    for name in ("host.conf", "vips.nft"):
+        if (case / name).exists():
+            put(root / "etc/lvs" / name, (case / name).read_text(encoding="utf-8"))
 
 
 def observe(root: Path, result: run.Result) -> str:
@@ -106,6 +114,22 @@ def test_host_conf_is_never_executed(tmp_path: Path) -> None:
     assert not any(mark.exists() for mark in marks)
     assert "set_irq_affinity " not in said.split("--- called")[1]
     assert said.startswith("exit 0")
+
+
+@pytest.mark.runs("bash")
+def test_packets_for_vips_are_forwarded_again_when_no_file_says_otherwise(tmp_path: Path) -> None:
+    """And nft is left alone where none ever has."""
+    play(tmp_path, next(c for c in CASES if c.name == "vips-elsewhere"))
+
+    def again() -> list[str]:
+        (tmp_path / "calls").unlink()
+        run.run(["bash", SCRIPT], env={"LVS_ROOT": str(tmp_path)})
+        return [line for line in (tmp_path / "calls").read_text(encoding="ascii").splitlines() if "nft" in line]
+
+    assert again() == [f"nft -f {tmp_path}/etc/lvs/vips.nft"]
+    (tmp_path / "etc/lvs/vips.nft").unlink()
+    assert again() == ["nft -f -"]
+    assert again() == []
 
 
 @pytest.mark.runs("bash")
