@@ -193,11 +193,13 @@ def apply(
     drain: float = 60,
     dry_run: bool = False,
     take_over: bool = False,
+    real_servers_last: bool = False,
     ssh_config: Path | None = None,
 ) -> list[str]:
     """Bring hosts to what the cluster file says: real servers first, then directors, a master last.
 
-    A director that gives a local address up comes before the one that gets it.
+    Real servers so learn of local addresses before these are used; of those that go they are to hear when nobody uses
+    them any more, which needs `real_servers_last`. A director that gives one up comes before the one that gets it.
 
     Args:
         cluster: the cluster.
@@ -207,6 +209,7 @@ def apply(
         drain: seconds that connections of a local address that goes may take to end.
         dry_run: only ask: what a run refuses at first is refused, else what differs on each host comes in its order.
         take_over: go back now from what another run is changing.
+        real_servers_last: they come after the directors.
         ssh_config: what `connect` reads, for the commands to type next.
 
     Returns:
@@ -218,7 +221,7 @@ def apply(
             run's: then it is as it was. Or, in a dry run, a host cannot be asked.
     """
     render = Renderer(cluster)
-    hosts = sorted(cluster.chosen(tuple(names)), key=_order)
+    hosts = sorted(cluster.chosen(tuple(names)), key=lambda host: _order(host, real_servers_last=real_servers_last))
     vrrp.refuse_two_masters(cluster, hosts, render, connect, ssh_config)
     hosts = local_addresses.in_turn(cluster, hosts, connect, STATE, ssh_config)
     if dry_run:
@@ -241,9 +244,10 @@ def apply(
     return lines
 
 
-def _order(host: Host) -> tuple[bool, int]:
-    # Real servers learn of local addresses before these are used; a master serves until its backups are ready.
-    return isinstance(host, Director), host.priority if isinstance(host, Director) else 0
+def _order(host: Host, *, real_servers_last: bool) -> tuple[bool, int]:
+    # A master serves until its backups are ready.
+    last = isinstance(host, Director) != real_servers_last
+    return last, host.priority if isinstance(host, Director) else 0
 
 
 def change(remote: Remote, plan: Plan, gate: Gate, drain: float, shows: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ class Options:
         connect: what opens connections; ssh where it is None.
         gate: the checks of a changed host; all but those of traffic where it is None.
         take_over: go back now from what another run is changing.
+        real_servers_last: whether real servers come after the directors.
     """
 
     apply: bool = False
@@ -39,6 +41,7 @@ class Options:
     connect: Opener | None = None
     gate: Callable[[Cluster], applying.Gate] | None = None
     take_over: bool = False
+    real_servers_last: bool = False
 
     @property
     def open(self) -> Opener:
@@ -67,6 +70,7 @@ def _apply(cluster: Cluster, names: Sequence[str], options: Options) -> list[str
         drain=options.drain,
         dry_run=dry,
         take_over=options.take_over,
+        real_servers_last=options.real_servers_last,
         ssh_config=options.where.ssh_config,
     )
 
@@ -167,3 +171,9 @@ def remove_real_server(path: Path, service: str, address: str, port: int, option
                 if options.drain > 0:
                     ops.drained(cluster, service, address, port, options.open, options.drain)
         _perform(path, removal, options, names=names)
+
+
+def remove_local_address(path: Path, director: str, address: str, pool: str, options: Options) -> None:
+    """4.3: until the director has given it up, real servers go on to believe who comes from there."""
+    last = dataclasses.replace(options, real_servers_last=True)
+    perform(path, ops.remove_local_address(path, director, address, pool), last)

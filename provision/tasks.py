@@ -240,7 +240,7 @@ def remove_local_address(
 ) -> None:
     """Remove a local address from a director, once its connections have ended (manual 4.3)."""
     options = rollout.Options(apply, _where(ssh_config), drain)
-    rollout.perform(Path(cluster), operations.remove_local_address(Path(cluster), director, address, pool), options)
+    rollout.remove_local_address(Path(cluster), director, address, pool, options)
 
 
 # --- a whole cluster on this machine; lab-up is in the tasks.py above, as it takes images

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -486,6 +487,25 @@ def test_another_host_that_answers_is_not_touched(lab: Lab, folder: Path) -> Non
     with pytest.raises(BuildError, match="lvs-1: the host that answers calls itself lvs-2"):
         applying.apply(cluster, ["lvs-1"], astray, well)
     assert lab.files("lvs-2") == {}
+
+
+def test_real_servers_believe_a_local_address_while_it_is_used(
+    lab: Lab, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They hear first of one that comes, and last of one that goes."""
+    path = cluster_of(folder).path
+    options = rollout.Options(apply=True, connect=lab.connect, gate=lambda cluster: well)
+    rollout.apply(path, (), options)
+
+    def order(operation: Callable[[], None]) -> list[str]:
+        capsys.readouterr()
+        operation()
+        return [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if " files changed" in line]
+
+    add = ops.add_local_address(path, "lvs-1", "192.168.100.50", "")
+    assert order(lambda: rollout.perform(path, add, options)) == ["rs-1", "lvs-1"]
+    remove = functools.partial(rollout.remove_local_address, path, "lvs-1", "192.168.100.50", "", options)
+    assert order(remove) == ["lvs-1", "rs-1"]
 
 
 def test_real_servers_come_first_and_the_master_last(lab: Lab, folder: Path) -> None:
