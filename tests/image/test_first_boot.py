@@ -410,6 +410,12 @@ BREAKS_VRRP = [
             "ip -6 route del default",
             "ip -6 route add default via 2001:db8:2::1 dev eth1 proto static",
         ),
+        Break(
+            "packets for vips elsewhere are dropped",
+            r"dropped for \[\], not for \['2001:db8:ffff::/64', '203\.0\.113\.0/24'\]",
+            "nft delete table inet lvs",
+            "systemctl restart rc-local",
+        ),
     ],
     [
         Break(
