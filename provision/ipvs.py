@@ -105,7 +105,8 @@ def open_connections(remote: Remote, fields: str, keys: Iterable[str]) -> int | 
     """How many connections have one of these keys; None where the host could not count them in a minute.
 
     Those in TIME_WAIT and CLOSE do not count: both ends have said their last, and the entry only rests. The other
-    states of closing do, as one end may still have much to send; ipvsadm counts them as inactive.
+    states of closing do, as one end may still have much to send; ipvsadm counts them as inactive. What only remembers a
+    client's real server, without a port of the client's, is no connection.
 
     Args:
         remote: the director.
@@ -120,7 +121,7 @@ def open_connections(remote: Remote, fields: str, keys: Iterable[str]) -> int | 
     answer = remote.run(
         f"nice -n 19 timeout {_COUNT_SECONDS} awk -v words={shlex.quote(','.join(keys))} '"
         'BEGIN { split(words, list, ","); for (n in list) going[list[n]] }'
-        f' NF >= 9 && ({fields}) in going && $8 != "TIME_WAIT" && $8 != "CLOSE" {{ count++ }}'
+        f' NF >= 9 && $3 != "0000" && ({fields}) in going && $8 != "TIME_WAIT" && $8 != "CLOSE" {{ count++ }}'
         f" END {{ print count + 0 }}' {CONNECTIONS} || [ $? = 124 ]",
         what="counting connections",
     )

@@ -488,9 +488,10 @@ def connections(remote: Remote, service: Service, address: Address, port: int) -
     rows = ipvs.read(remote.run("ipvsadm -Ln").stdout, "").rows
     name = ipvs.point(address, port)
     mine = [rows[key][name] for key in ipvs.wanted((service,)) if name in rows.get(key, {})]
+    active = sum(row.active for row in mine)
     # Whoever has closed in one direction only is among the inactive, as is who has closed in both; the table of all
-    # connections knows, but reading it is dear.
-    if (active := sum(row.active for row in mine)) or not any(row.inactive for row in mine):
+    # connections knows, but reading it is dear. UDP's are all inactive, and no one says whether a client has ended.
+    if active or service.protocol != "TCP" or not any(row.inactive for row in mine):
         return active
     theirs = f"{ipvs.hexadecimal(address)} {port:04X}"
     keys = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
@@ -402,6 +403,8 @@ TCP  203.0.113.1:80 rr
   -> 198.51.100.1:80              FullNat 100    7          1
   -> 198.51.100.2:80              FullNat 0      3          9
   -> 198.51.100.3:80              FullNat 0      0          2
+UDP  203.0.113.1:80 rr
+  -> 198.51.100.3:80              FullNat 0      0          1
 TCP  203.0.113.2:80 rr
   -> 198.51.100.2:80              FullNat 0      2          0
 TCP  203.0.113.3:8080 rr
@@ -418,6 +421,7 @@ TCP C0000201 0FA2 CB007101 0050 C6336403 0050 TIME_WAIT       119 - - C0A86403 0
 TCP C0000201 0FA3 CB007101 0050 C6336403 0051 FIN_WAIT        119 - - C0A86403 0403
 TCP C0000201 0FA4 CB007103 1F90 C6336403 0050 FIN_WAIT        119 - - C0A86403 0404
 UDP C0000201 0FA5 CB007101 0050 C6336403 0050 UDP             299 - - C0A86403 0405
+TCP C0000200 0000 CB007101 0050 C6336403 0050 ASSURED          50
 """
 
 
@@ -444,3 +448,6 @@ def test_connections_are_counted_over_the_services_vips(path: Path, tmp_path: Pa
     assert counted("198.51.100.1", 81) == 0
     assert asked == ["ipvsadm -Ln"]  # the other table is dear to read
     assert counted("198.51.100.3", 80) == 2
+    shop = dataclasses.replace(shop, protocol="UDP")  # of which no one knows when it has ended
+    assert counted("198.51.100.3", 80) == 0
+    assert asked == ["ipvsadm -Ln"]
