@@ -84,7 +84,9 @@ class Plan:
             found.append("sysctl")
         if self.keepalived:
             found.append("keepalived")
-        if {"/etc/lvs/host.conf", "/etc/lvs/vips.nft"}.intersection(paths) or "network" in found:
+        if "/etc/lvs/vips.nft" in paths:
+            found.append("vips")
+        if "/etc/lvs/host.conf" in paths or "network" in found:
             found.append("rc-local")
         if "/etc/toa-bpf.conf" in paths:
             found.append("toa-bpf")
@@ -514,7 +516,10 @@ _ACT: Mapping[str, str] = {
     "network": _NETWORK,
     "sysctl": "/lib/systemd/systemd-sysctl\n",
     "keepalived": "systemctl reload-or-restart keepalived\n",
-    # Adds local addresses that are new, removes those that are gone; and loads what nft is told.
+    # Which rc.local does at boot only, and that of an image from before the file not even then.
+    "vips": "if [ -e /etc/lvs/vips.nft ]; then nft -f /etc/lvs/vips.nft\n"
+    "else printf 'table inet lvs\\ndelete table inet lvs\\n' | nft -f -; fi\n",
+    # Adds local addresses that are new, removes those that are gone.
     "rc-local": "systemctl restart rc-local\n",
     "toa-bpf": f"! {TOA_BPF_LOADED} || toa-bpf load\n",
     **{
@@ -545,7 +550,9 @@ def _keep(paths: Sequence[str], areas: Sequence[str], back: Sequence[str], secon
     # Local addresses first, which keepalived's old file refers to. With the old files in place each service is told,
     # even if another one fails; what it says is shown.
     acts = "".join(
-        _ACT[area] for area in ("network", "sysctl", "rc-local", "toa-bpf", "keepalived", *ROUTING) if area in areas
+        _ACT[area]
+        for area in ("network", "sysctl", "vips", "rc-local", "toa-bpf", "keepalived", *ROUTING)
+        if area in areas
     )
     acts += f"sysctl -e -q -p {STATE}/settings\n" if "sysctl" in areas else ""
     acts += "".join(f"{line}\n" for line in back)

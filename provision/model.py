@@ -264,11 +264,14 @@ class Cluster:
         """The prefixes of VIPs that a director in mode vrrp drops packets for, while the VIP is on another one.
 
         Forwarded, they would come back from the router. On one arm they cannot be told from what real servers send, and
-        where a prefix has other hosts in it from what is for those: the directors' own networks, and real servers.
+        where a prefix has other hosts in it from what is for those: on networks of the director's or that it knows the
+        way to, real servers, sorry servers. Others in such a prefix, behind the director, get no packets by it.
         """
         if not isinstance(host, Director) or host.mode != "vrrp" or host.uplink == host.downlink:
             return ()
         others = [network for nic in host.interfaces for network in nic.networks]
+        others += [ip_network(route.to) for nic in host.interfaces for route in nic.routes]
+        others += [ip_network(address) for service in self.services for address, _ in service.sorry]
         others += [ip_network(each.address) for service in self.services for each in service.real_servers]
         others += [ip_network(address) for server in self.real_servers for address in server.own_addresses]
         return tuple(

@@ -93,9 +93,12 @@ def own_addresses(ask: Ask, director: Director, device: str) -> set[str | None]:
 def test_packets_for_vips_elsewhere_are_dropped(ask: Ask, cluster: Cluster, director: Director) -> None:
     """Clients of a VIP that moves would be told that there is no way to it."""
     table = ask("nft list table inet lvs 2>/dev/null || :")
-    found = {ipaddress.ip_network(prefix) for prefix in re.findall(r"\bdaddr (\S+) .*\bdrop\b", table)}
+    rule = rf'iifname "{re.escape(director.uplink)}" ip6? daddr (\S+) .*\bdrop\b'
+    found = {ipaddress.ip_network(prefix) for prefix in re.findall(rule, table)}
     wanted = set(cluster.passing(director))
-    assert found == wanted, f"dropped for {_sorted(found)}, not for {_sorted(wanted)} (systemctl restart rc-local)"
+    assert found == wanted, (
+        f"dropped for {_sorted(found)}, not for {_sorted(wanted)} (nft -f /etc/lvs/vips.nft, rc.local)"
+    )
 
 
 def _sorted(networks: Iterable[object]) -> list[str]:

@@ -46,7 +46,7 @@ case ${0##*/} in
     *) ! grep -q broken "$file" || echo "No such command on config line 2: hostname broken" >&2 ;;
 esac
 """
-FAKES = ("systemctl", "systemd-run", "ipvsadm", "ip", "networkctl", "cloud-init", "logger", "toa-bpf")
+FAKES = ("systemctl", "systemd-run", "ipvsadm", "ip", "networkctl", "cloud-init", "logger", "toa-bpf", "nft")
 
 
 @dataclass

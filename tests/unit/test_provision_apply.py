@@ -274,6 +274,22 @@ def test_vips_bound_by_scripts_follow_their_file(lab: Lab, folder: Path) -> None
     ]
 
 
+def test_the_table_for_vips_elsewhere_comes_and_goes_with_its_file(lab: Lab, folder: Path) -> None:
+    """Also on a host whose image knows nothing of it; a host that goes back has what it had."""
+
+    def told(cluster: Cluster, gate: applying.Gate) -> list[str]:
+        with contextlib.suppress(BuildError):
+            applying.apply(cluster, ["lvs-1"], lab.connect, gate)
+        return [call for call in lab.calls("lvs-1") if call.startswith("nft")]
+
+    load, delete = "nft -f /etc/lvs/vips.nft", "nft -f -"
+    assert told(cluster_of(folder, VRRP), sick) == [load, delete]
+    assert told(cluster_of(folder, VRRP), well) == [load]
+    assert told(cluster_of(folder, VRRP), well) == []
+    assert told(cluster_of(folder), sick) == [delete, load]
+    assert told(cluster_of(folder), well) == [delete]
+
+
 def test_a_vip_more_is_bound_where_the_others_are() -> None:
     old, new = (
         File("/etc/keepalived/x.conf", f'    quorum_up "{text}"\n    quorum_down "ip addr del x dev lo;"\n', 0o640)

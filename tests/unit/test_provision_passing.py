@@ -27,6 +27,9 @@ table inet lvs {
 """
 
 
+OTHER = LISTED.replace("eth0", "eth1")
+
+
 def spoilt(tmp_path: Path, *changes: Change, base: dict[str, Any] = VRRP) -> Cluster:
     data = copy.deepcopy(base)
     for change in changes:
@@ -50,12 +53,20 @@ def test_whose_packets_are_dropped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "prefix",
-    ["192.0.0.0/8", "198.51.100.0/24", "198.51.100.2/32"],
-    ids=["a network of the director's", "a real server's network", "a real server that is no host of the file"],
+    ["192.0.0.0/8", "198.51.100.0/24", "198.51.100.2/32", "198.18.0.0/15", "10.9.0.0/16"],
+    ids=[
+        "a network of the director's",
+        "a real server's network",
+        "a real server that is no host of the file",
+        "a sorry server",
+        "a network that the director knows the way to",
+    ],
 )
 def test_prefixes_with_other_hosts_are_left_out(prefix: str, tmp_path: Path) -> None:
     prefixes = [prefix, "203.0.113.0/25", "2001:db8:ffff::/64"]
-    assert dropped(spoilt(tmp_path, at("vip_prefixes", prefixes))) == prefixes[1:]
+    sorry = at("services.0.sorry_servers", [{"address": "198.18.0.9"}])
+    way = at("directors.0.interfaces.1.routes", [{"to": "10.9.8.0/24", "via": "192.168.100.9"}])
+    assert dropped(spoilt(tmp_path, at("vip_prefixes", prefixes), sorry, way)) == prefixes[1:]
 
 
 def test_the_check(tmp_path: Path) -> None:
@@ -64,7 +75,7 @@ def test_the_check(tmp_path: Path) -> None:
 
     cluster = spoilt(tmp_path)
     judge(LISTED, cluster)
-    for listed in ("", LISTED.replace("2001:db8:ffff::/64", "2001:db8:fffe::/64"), LISTED.replace(" drop", "")):
+    for listed in ("", LISTED.replace("2001:db8:ffff::/64", "2001:db8:fffe::/64"), LISTED.replace(" drop", ""), OTHER):
         with pytest.raises(AssertionError, match=r", not for \['2001:db8:ffff::/64', '203.0.113.0/25'\]"):
             judge(listed, cluster)
     with pytest.raises(AssertionError, match=r", not for \[\]"):

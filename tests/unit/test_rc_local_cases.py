@@ -117,22 +117,6 @@ def test_host_conf_is_never_executed(tmp_path: Path) -> None:
 
 
 @pytest.mark.runs("bash")
-def test_packets_for_vips_are_forwarded_again_when_no_file_says_otherwise(tmp_path: Path) -> None:
-    """And nft is left alone where none ever has."""
-    play(tmp_path, next(c for c in CASES if c.name == "vips-elsewhere"))
-
-    def again() -> list[str]:
-        (tmp_path / "calls").unlink()
-        run.run(["bash", SCRIPT], env={"LVS_ROOT": str(tmp_path)})
-        return [line for line in (tmp_path / "calls").read_text(encoding="ascii").splitlines() if "nft" in line]
-
-    assert again() == [f"nft -f {tmp_path}/etc/lvs/vips.nft"]
-    (tmp_path / "etc/lvs/vips.nft").unlink()
-    assert again() == ["nft -f -"]
-    assert again() == []
-
-
-@pytest.mark.runs("bash")
 def test_local_addresses_that_are_not_wanted_any_more_go(tmp_path: Path) -> None:
     """Those that an earlier run added, and no others."""
     case = next(c for c in CASES if c.name == "two-nics")
