@@ -123,6 +123,7 @@ def _perform(
     if edit.after != edit.before:
         edit.write()
     again = command("apply", path, options.where.ssh_config)
+    again += " --real-servers-last" if options.real_servers_last else ""
     if not options.apply:
         shows = command("plan", path, options.where.ssh_config)
         progress.note(f"{path} is changed, no host is: {shows}, then {again}")

@@ -82,13 +82,20 @@ def plan(_c: Any, cluster: str, host: Any = None, ssh_config: str = "") -> None:
         **_REACH,
         **_DRAIN,
         "take_over": "where another run is changing a host, go back from that now, and take its place",
+        "real_servers_last": "after the directors: where the file has fewer local addresses than before",
     },
 )
 def apply(
-    _c: Any, cluster: str, host: Any = None, ssh_config: str = "", drain: float = 60.0, take_over: bool = False
+    _c: Any,
+    cluster: str,
+    host: Any = None,
+    ssh_config: str = "",
+    drain: float = 60.0,
+    take_over: bool = False,
+    real_servers_last: bool = False,
 ) -> None:
     """Bring hosts to what the cluster file says, one at a time, each checked; the first failure is rolled back."""
-    options = rollout.Options(True, _where(ssh_config), drain, take_over=take_over)
+    options = rollout.Options(True, _where(ssh_config), drain, take_over=take_over, real_servers_last=real_servers_last)
     print("\n".join(rollout.apply(Path(cluster), host or (), options)))
 
 

@@ -522,6 +522,12 @@ def test_real_servers_believe_a_local_address_while_it_is_used(
     assert order(lambda: rollout.perform(path, add, options)) == ["rs-1", "lvs-1"]
     remove = functools.partial(rollout.remove_local_address, path, "lvs-1", "192.168.100.50", "", options)
     assert order(remove) == ["lvs-1", "rs-1"]
+    rollout.perform(path, add, options)
+    failing = replace(options, gate=lambda cluster: sick)
+    with pytest.raises(BuildError) as caught:
+        rollout.remove_local_address(path, "lvs-1", "192.168.100.50", "", failing)
+    again = f"invoke apply --cluster {path} --real-servers-last --host lvs-1 --host rs-1 goes on"
+    assert caught.value.details[-1] == f"{path} keeps the change; {again}"
 
 
 def test_real_servers_come_first_and_the_master_last(lab: Lab, folder: Path) -> None:
