@@ -135,6 +135,7 @@ class _Reader:
         )
         if mode == "ospf":
             self.router_ids(directors)
+            self.speakers(cluster)
         return cluster
 
     def mode(self, data: Mapping[Any, Any], mode: str) -> None:
@@ -207,7 +208,7 @@ class _Reader:
         area = text_of(value.get("area")) or ""
         if not _is_area(area) and isinstance(value.get("area"), str):
             self.problems.add("ospf.area", f"{area!r} is no area: a number, or four with dots as 0.0.0.11")
-        elif value.get("stub") is True and area in ("0", "0.0.0.0"):  # noqa: S104  an area, not an address
+        elif value.get("stub") is True and not area.strip("0."):
             self.problems.add("ospf.stub", "area 0 is the backbone, which cannot be a stub")
         hello = number(value.get("hello_interval"), 3)
         dead = number(value.get("dead_interval"), 4 * hello)
@@ -311,7 +312,29 @@ class _Reader:
                 self.problems.add(place, "missing; the uplink has no IPv4 address to take it from")
             elif director.router_id in seen:
                 self.problems.add(place, f"{director.router_id} is that of {seen[director.router_id]} too")
+            elif director.router_id == "0.0.0.0":  # noqa: S104  an identity, not an address
+                self.problems.add(place, "0.0.0.0 is none: the routing daemons would take one of the VIPs")
             seen.setdefault(director.router_id, f"directors[{n}]")
+
+    def speakers(self, cluster: Cluster) -> None:
+        """OSPF is spoken, by ospfd, on each interface with an address in one of its networks: on no downlink."""
+        prefixes = [(n, prefix) for n, prefix in enumerate(cluster.vip_prefixes) if prefix.version == 4]
+        others = [
+            (network, f"{network}, {director.name}'s {nic.name}")
+            for director in cluster.directors
+            for nic in director.interfaces
+            if nic.name != director.uplink
+            for network in nic.networks
+        ]
+        others += [
+            (network, f"local addresses of {pool.name}")
+            for pool in cluster.pools.values()
+            for network in pool.networks()
+        ]
+        for n, prefix in prefixes:
+            found = [what for network, what in others if network.version == 4 and network.overlaps(prefix)]
+            for what in dict.fromkeys(found):
+                self.problems.add(f"vip_prefixes[{n}]", f"{prefix} overlaps {what}, which OSPF would announce")
 
     # --- hosts
 

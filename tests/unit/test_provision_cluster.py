@@ -15,6 +15,10 @@ from provision import render, secret
 from provision.secret import Secret
 from tests.unit.clusters import OSPF, VRRP, Change, at, both, more
 
+NOT_ANNOUNCED = [
+    f"{what}, which OSPF would announce"
+    for what in (*(f"192.168.100.0/24, lvs-{n}'s eth1" for n in (1, 2)), "local addresses of laddr_g1")
+]
 NAME = "is no name: letters, digits, _ . -, at most 63"
 PREFIXES = "203.0.113.0/25, 2001:db8:ffff::/64"
 ROUND = "its connections would go round in a loop"
@@ -94,7 +98,21 @@ BAD_OSPF: dict[str, tuple[Change, list[str]]] = {
         at("ospf.area", "0.0.11"),
         ["ospf.area: '0.0.11' is no area: a number, or four with dots as 0.0.0.11"],
     ),
-    "stub backbone": (at("ospf.area", "0"), ["ospf.stub: area 0 is the backbone, which cannot be a stub"]),
+    **{
+        f"stub backbone {area}": (
+            at("ospf.area", area),
+            ["ospf.stub: area 0 is the backbone, which cannot be a stub"],
+        )
+        for area in ("0", "00", "0.0.0.0")  # noqa: S104  no address
+    },
+    "router-id that is nobody's": (
+        at("directors.1.router_id", "0.0.0.0"),  # noqa: S104  no address
+        ["directors[1].router_id: 0.0.0.0 is none: the routing daemons would take one of the VIPs"],
+    ),
+    "VIPs where OSPF must not be spoken": (
+        more("vip_prefixes", "192.168.100.0/28"),
+        [f"vip_prefixes[2]: 192.168.100.0/28 overlaps {each}" for each in NOT_ANNOUNCED],
+    ),
     "dead before hello": (
         both(at("ospf.hello_interval", 12), at("ospf.dead_interval", 12)),
         ["ospf.dead_interval: 12 is not above hello_interval (12)"],
@@ -272,7 +290,10 @@ BAD_OSPF: dict[str, tuple[Change, list[str]]] = {
             at("services.0.vips", ["192.168.100.5"]),
             at("services.1.vips.0", "192.168.100.9"),
         ),
-        ["directors[1].local_addresses.laddr_g1: 192.168.100.5 is a VIP (services[0].vips[0])"],
+        [
+            "directors[1].local_addresses.laddr_g1: 192.168.100.5 is a VIP (services[0].vips[0])",
+            *(f"vip_prefixes[0]: 192.168.100.0/28 overlaps {each}" for each in NOT_ANNOUNCED),
+        ],
     ),
     "slot beyond the pool": (
         at("directors.1.slot", 3),
