@@ -76,7 +76,7 @@ def findings(tree: Path, patch: Path) -> list[Finding]:
     """
     script = tree / "scripts/checkpatch.pl"
     if not script.is_file():
-        raise BuildError(f"{tree} is no kernel tree: it has no scripts/checkpatch.pl", "invoke unpack --flavour lvs")
+        raise BuildError(f"{tree} is no kernel tree: it has no scripts/checkpatch.pl", "invoke unpack kernel/lvs")
     perl = run.require("perl", "to run the kernel's checkpatch.pl", "perl")
     options = ["--strict", "--terse", "--show-types", "--no-summary", "--color=never", f"--root={tree.resolve()}"]
     result = run.run([perl, script, *options, patch.resolve()], cwd=tree, check=False)

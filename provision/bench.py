@@ -96,7 +96,7 @@ def render(directors: int, services: int, real_servers: int, group: int, out: Pa
     if seconds > SECONDS or mib > MIB:
         raise BuildError(
             f"rendering took {seconds:.1f} s and {mib:.0f} MiB; {SECONDS:.0f} s and {MIB:.0f} MiB are allowed",
-            "invoke render --progress-form plain --debug   (shows where the time goes)",
+            "invoke bench-render --progress-form plain --debug   (shows where the time goes)",
             lines,
         )
     return lines

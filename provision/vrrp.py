@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-import shlex
 from collections.abc import Sequence
 from ipaddress import ip_interface
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from pipeline.errors import BuildError
 from provision.host import Host
 from provision.model import Cluster, Director
-from provision.remote import Opener, command
+from provision.remote import Opener, command, login
 from provision.render import Renderer
 
 # A backup passes over advertisements with another of these: it waits in vain, and takes the VIPs. The family of the
@@ -88,10 +87,9 @@ def _refused(
     director: Director, peer: Director, name: str, keys: Sequence[str], again: str, ssh_config: Path | None
 ) -> BuildError:
     backup, master = sorted((director, peer), key=lambda each: each.priority)
-    ssh = shlex.join(["ssh", "-F", str(ssh_config)]) if ssh_config else "ssh"
     return BuildError(
         f"{director.name} and {peer.name} would both be master of {name}: they would differ in {', '.join(keys)}",
-        f"{ssh} root@{backup.name} systemctl stop keepalived && {again} --host {master.name}"
+        f"{login(backup, ssh_config)} systemctl stop keepalived && {again} --host {master.name}"
         f" && {again} --host {backup.name}",
         [
             "nothing was changed; it can be while only one of them runs: the line below leaves the VIPs without a"

@@ -305,6 +305,7 @@ def directors(folder: Path, **changes: Any) -> Cluster:
     (folder / "other").chmod(0o600)
     data = copy.deepcopy(VRRP)
     data["vrrp"]["instances"][0].update(changes)
+    data["directors"][1]["ssh"] = "192.0.2.77:2222"
     path = folder / "cluster.yaml"
     path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     return clusters.load(path)
@@ -360,7 +361,7 @@ def test_what_makes_two_masters_is_refused_and_the_way_that_is_said_works(
         pair.judge(new)
     assert "s3cret" not in str(caught.value) and "0ther" not in str(caught.value)
     assert caught.value.hint == (
-        "ssh -F lab/ssh_config root@lvs-2 systemctl stop keepalived"
+        "ssh -F lab/ssh_config -p 2222 root@192.0.2.77 systemctl stop keepalived"
         f" && invoke apply --cluster {new.path} --ssh-config lab/ssh_config --host lvs-1"
         f" && invoke apply --cluster {new.path} --ssh-config lab/ssh_config --host lvs-2"
     )
