@@ -410,7 +410,7 @@ def _taken_over(file: File | None) -> Iterator[str]:
     """The VIPs that keepalived binds by itself: of one that is there already it makes no fuss."""
     if file is not None and re.search(r"^ *vip_bind_dev ", file.content, re.M):
         for group in _GROUP.findall(file.content):
-            yield from (f"{ip_interface(vip)}" for vip in _MEMBER.findall(group))
+            yield from (str(ip_interface(vip)) for vip in _MEMBER.findall(group))
 
 
 def rebinding(changes: Sequence[tuple[File | None, File | None]]) -> list[str]:

@@ -208,7 +208,7 @@ class _Reader:
         area = text_of(value.get("area")) or ""
         if not _is_area(area) and isinstance(value.get("area"), str):
             self.problems.add("ospf.area", f"{area!r} is no area: a number, or four with dots as 0.0.0.11")
-        elif value.get("stub") is True and not area.strip("0."):
+        elif value.get("stub") is True and area and not area.strip("0."):
             self.problems.add("ospf.stub", "area 0 is the backbone, which cannot be a stub")
         hello = number(value.get("hello_interval"), 3)
         dead = number(value.get("dead_interval"), 4 * hello)

@@ -105,6 +105,7 @@ BAD_OSPF: dict[str, tuple[Change, list[str]]] = {
         )
         for area in ("0", "00", "0.0.0.0")  # noqa: S104  no address
     },
+    "stub without an area": (at("ospf.area", drop=True), ["ospf: missing key area"]),
     "router-id that is nobody's": (
         at("directors.1.router_id", "0.0.0.0"),  # noqa: S104  no address
         ["directors[1].router_id: 0.0.0.0 is none: the routing daemons would take one of the VIPs"],
