@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from ipaddress import ip_address
@@ -451,3 +452,14 @@ def test_connections_are_counted_over_the_services_vips(path: Path, tmp_path: Pa
     shop = dataclasses.replace(shop, protocol="UDP")  # of which no one knows when it has ended
     assert counted("198.51.100.3", 80) == 0
     assert asked == ["ipvsadm -Ln"]
+
+
+def test_a_director_that_cannot_count_holds_nobody_up(path: Path, monkeypatch: Any, events: Any) -> None:
+    """It is asked once, and what was not looked for is said."""
+    asked: list[Any] = []
+    monkeypatch.setattr(ops, "connections", lambda *_: asked.append(_))
+    ops.drained(clusters.load(path), "shop", "198.51.100.2", 80, lambda _: contextlib.nullcontext(), 30)  # type: ignore[arg-type,return-value]
+    directors = ops.serving(clusters.load(path), "shop")
+    assert len(asked) == len(directors)
+    note = "too many connections to find those of 198.51.100.2 that are half closed"
+    assert [text for text in events.texts("note") if note in text] == [f"{each.name}: {note}" for each in directors]
