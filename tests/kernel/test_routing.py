@@ -51,6 +51,20 @@ router ospf
  area {AREA} authentication message-digest
  area {AREA} stub no-summary
 """
+OSPF6D = f"/usr/sbin/ospf6d -d -f {ETC}/ospf6d.conf"
+PEER_LOG = f"{PEER_RUN}/ospf6d.log"
+_OSPF6 = """hostname {name}
+interface eth0
+ ipv6 ospf6 area {area}
+ ipv6 ospf6 hello-interval 3
+ ipv6 ospf6 dead-interval 12
+interface lo
+ ipv6 ospf6 area {area}
+router ospf6
+ ospf6 router-id {router_id}
+"""
+DIRECTOR_OSPF6 = _OSPF6.format(name="director", area=AREA, router_id=DIRECTOR)
+PEER_OSPF6 = _OSPF6.format(name="peer", area=AREA, router_id=PEER) + f"log file {PEER_LOG}\ndebug ospf6 flooding\n"
 # RFC 2328 A.3
 HELLO, UPDATE, ROUTER_LSA, CRYPTOGRAPHIC, EXTERNAL_BIT = 1, 4, 1, 2, 0x02
 STANDING = 20.0  # seconds within which what OSPF retransmits must have come; two of its intervals and more
@@ -217,14 +231,28 @@ class Routers:
         self.type(OSPFD)
         self.wait(self.full, "the adjacency")
 
-    def learnt(self, where: Namespace) -> dict[str, str]:
+    def connect6(self) -> None:
+        """Start what speaks OSPF for IPv6, and wait for the adjacency."""
+        self.guest.run("install", "-d", "-o", "frr", "-g", "frr", PEER_RUN)
+        self.configure("ospf6d.conf", DIRECTOR_OSPF6)
+        for daemon, text in (("zebra", PEER_ZEBRA), ("ospf6d", PEER_OSPF6)):
+            self.guest.write(f"/tmp/peer-{daemon}.conf", text)  # noqa: S108  the guest's
+            words = ("-d", "-N", "peer", "-P", "0", "-f", f"/tmp/peer-{daemon}.conf")  # noqa: S108
+            self.peer.run(f"/usr/lib/frr/{daemon}", *words, seconds=10)
+        self.type(ZEBRA)
+        self.type(OSPF6D)
+        self.wait(lambda: "Full/" in self.ask("show ipv6 ospf6 neighbor", peer=True), "the adjacency")
+        self.wait(lambda: "Full/" in self.ask("show ipv6 ospf6 neighbor"), "the adjacency")
+
+    def learnt(self, where: Namespace, family: int = 4) -> dict[str, str]:
         """The routes that OSPF put into a kernel: gateways by destination."""
-        rows = json.loads(where.run("ip", "-j", "route", "show", "proto", "ospf").out or "[]")
+        rows = json.loads(where.run("ip", f"-{family}", "-j", "route", "show", "proto", "ospf").out or "[]")
         return {row["dst"]: row.get("gateway", "") for row in rows}
 
     def bind(self, *addresses: str, command: str = "add") -> None:
         """What the manual's quorum_up and quorum_down do."""
-        self.director.ip(*(f"addr {command} {address}/32 dev lo" for address in addresses))
+        hosts = [f"{address}/{ipaddress.ip_address(address).max_prefixlen}" for address in addresses]
+        self.director.ip(*(f"addr {command} {host} dev lo" for host in hosts))
 
     def pids(self) -> dict[str, str]:
         """Process ids by the names of their files."""
@@ -320,6 +348,35 @@ def test_virtual_addresses_are_announced_while_they_are_bound(routers: Routers) 
     assert len(first) >= 5
     moments = [first[number] for number in sorted(first)]
     assert all(b - a >= 0.7 for a, b in itertools.pairwise(moments)), moments
+
+
+def test_virtual_addresses_of_ipv6_are_announced_while_they_are_bound(routers: Routers) -> None:
+    """One after the other within a second, and more of them than there is room for in one announcement."""
+    routers.connect6()
+    every = [f"2001:db8:ffff::{number:x}" for number in range(1, 71)]
+
+    def announced(addresses: list[str]) -> None:
+        routers.wait(
+            lambda: {a for a in routers.learnt(routers.peer, 6) if a.startswith("2001:")} == set(addresses),
+            f"{len(addresses)} addresses in the peer's kernel",
+            STANDING,
+        )
+
+    def log() -> str:
+        return routers.guest.read(PEER_LOG)
+
+    routers.director.run("sleep", "10")  # also for what two new neighbours throw away of each other
+    before = len(log())
+    for command, expected in (("add", every[:2]), ("del", [])):
+        routers.director.run("sleep", "2")  # a quiet moment: what comes first goes out at once
+        one, two = (f"ip addr {command} {address}/128 dev lo" for address in every[:2])
+        routers.director.run("sh", "-ec", f"{one}; sleep 0.05; {two}")
+        announced(expected)
+    assert "MinLSArrival" not in log()[before:], "the peer threw something away, and had to wait until it came again"
+    routers.bind(*every)
+    announced(every)
+    routers.bind(*every[40:], command="del")
+    announced(every[:40])
 
 
 _KEY = f"ip ospf message-digest-key {KEY_NUMBER} md5"
