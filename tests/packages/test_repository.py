@@ -131,11 +131,11 @@ def install(
         client = client.replace("\ngpgcheck=1", "\ngpgcheck=0")
     configuration = where / "dnf.conf"
     configuration.write_text(
-        "[main]\nreposdir=/nowhere\nplugins=0\ncachedir=/var/cache/dnf\nmetadata_expire=0\n" + client
+        "[main]\nreposdir=/nowhere\nplugins=0\ncachedir=/var/cache/dnf\n" + client
     )
     macros = where / "macros"
     macros.write_text("%_dbpath /var/lib/rpm\n%__gpg /usr/bin/gpg\n")
-    dnf = f"dnf --config /build/dnf.conf --installroot /build/tree --releasever 12 --assumeyes {words}"
+    dnf = f"dnf --refresh --config /build/dnf.conf --installroot /build/tree --releasever 12 --assumeyes {words}"
     result = toolbox.run(
         ["sh", "-c", f"{dnf} 2>&1"],
         binds={root: "/build/tree"},
