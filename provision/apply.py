@@ -22,7 +22,7 @@ from pipeline import progress, run
 from pipeline.errors import BuildError
 from provision import claim, ipvs, local_addresses, secret, vrrp
 from provision.host import File, Host
-from provision.model import TOA_BPF_LOADED, Cluster, Director
+from provision.model import BLACKHOLES, TOA_BPF_LOADED, Cluster, Director
 from provision.remote import SCRIPT_SECONDS, Opener, Remote, command
 from provision.render import NETWORK, Renderer
 
@@ -86,6 +86,8 @@ class Plan:
             found.append("keepalived")
         if "/etc/lvs/vips.nft" in paths:
             found.append("vips")
+        if "/etc/lvs/vips.routes" in paths:
+            found.append("vip-routes")
         if "/etc/lvs/host.conf" in paths or "network" in found:
             found.append("rc-local")
         if "/etc/toa-bpf.conf" in paths:
@@ -516,9 +518,11 @@ _ACT: Mapping[str, str] = {
     "network": _NETWORK,
     "sysctl": "/lib/systemd/systemd-sysctl\n",
     "keepalived": "systemctl reload-or-restart keepalived\n",
-    # Which rc.local does at boot only, and that of an image from before the file not even then.
+    # Which rc.local does at boot only, and that of an image from before these files not even then.
     "vips": "if [ -e /etc/lvs/vips.nft ]; then nft -f /etc/lvs/vips.nft\n"
     "else printf 'table inet lvs\\ndelete table inet lvs\\n' | nft -f -; fi\n",
+    "vip-routes": f"ip -4 route flush proto {BLACKHOLES}\nip -6 route flush proto {BLACKHOLES}\n"
+    "[ ! -e /etc/lvs/vips.routes ] || ip -batch /etc/lvs/vips.routes\n",
     # Adds local addresses that are new, removes those that are gone.
     "rc-local": "systemctl restart rc-local\n",
     "toa-bpf": f"! {TOA_BPF_LOADED} || toa-bpf load\n",
@@ -551,7 +555,7 @@ def _keep(paths: Sequence[str], areas: Sequence[str], back: Sequence[str], secon
     # even if another one fails; what it says is shown.
     acts = "".join(
         _ACT[area]
-        for area in ("network", "sysctl", "vips", "rc-local", "toa-bpf", "keepalived", *ROUTING)
+        for area in ("network", "sysctl", "vips", "vip-routes", "rc-local", "toa-bpf", "keepalived", *ROUTING)
         if area in areas
     )
     acts += f"sysctl -e -q -p {STATE}/settings\n" if "sysctl" in areas else ""

@@ -36,6 +36,7 @@ RESERVED: Mapping[str, str] = {
     "/etc/lvs/host.conf": "rendered from uplink, downlink and local addresses",
     "/etc/lvs/network-config": "rendered from interfaces",
     "/etc/lvs/vips.nft": "rendered from vip_prefixes",
+    "/etc/lvs/vips.routes": "rendered from services",
     "/etc/lvs/files": "the list of rendered files",
     "/etc/sysctl.d/70-host.conf": "rendered from mode and sysctl",
     "/etc/keepalived/keepalived.conf": "rendered from services and local addresses",

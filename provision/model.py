@@ -24,6 +24,10 @@ MODE_SYSCTL: Mapping[str, Mapping[str, str]] = {
     "vrrp": {"net.core.netdev_max_backlog": "500000"},
 }
 
+# The protocol of the routes of /etc/lvs/vips.routes, by which they are told from others: a number that nobody in
+# iproute2's rt_protos has.
+BLACKHOLES = 254
+
 # Whether the programs of toa-bpf are loaded, for root's shell: of the links that there always are, the last to be made.
 # The unit does not know: stopping it leaves them in place, and `toa-bpf unload` leaves it active.
 TOA_BPF_LOADED = "[ -e /sys/fs/bpf/toa/link_toa_sockops ]"
@@ -279,6 +283,16 @@ class Cluster:
             for prefix in self.vip_prefixes
             if not any(prefix.version == other.version and prefix.overlaps(other) for other in others)
         )
+
+    def withdrawable(self, host: Host) -> tuple[Address, ...]:
+        """The VIPs that a director in mode ospf announces for as long as it has them, each once.
+
+        When it withdraws one, routers go on sending until they have heard of it. What it does not know a way for then,
+        by OSPF to another director, it drops: by its default route the packets would come back from the router.
+        """
+        if not isinstance(host, Director) or host.mode != "ospf":
+            return ()
+        return tuple(dict.fromkeys(vip for service in self.services_of(host) for vip in service.vips))
 
     @cached_property
     def _by_director(self) -> Mapping[str, tuple[Service, ...]]:

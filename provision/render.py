@@ -30,7 +30,7 @@ from pipeline.errors import BuildError
 from pipeline.store import remove_tree
 from provision import cluster as clusters
 from provision.host import File, Host, Interface, Network
-from provision.model import Cluster, Director, Instance, Service
+from provision.model import BLACKHOLES, Cluster, Director, Instance, Service
 
 TEMPLATES = Path(__file__).with_name("templates")
 FILES = "/etc/lvs/files"
@@ -38,7 +38,7 @@ NETWORK = "/etc/lvs/network-config"
 # Beside what cloud-init makes of network-config for the interface.
 _GATEWAY = "/etc/systemd/network/10-cloud-init-{nic}.network.d/50-gateway.conf"
 # Of a route that is not its own zebra takes the metric's first byte for the distance; OSPF's is 110, and smaller wins.
-_GATEWAY_METRIC = 254 << 24
+_LAST_METRIC = 254 << 24
 _SERVICE = "@SERVICE@"
 # The folders whose files hold passwords, and who must be able to read them: the routing daemons run as frr.
 _OWNERS: Mapping[str, str] = {"/etc/keepalived": "root", "/etc/quagga": "frr"}
@@ -131,6 +131,8 @@ class Renderer:
                         services=services,
                         announced=self._announced,
                         passing=self.cluster.passing(host),
+                        withdrawable=self.cluster.withdrawable(host),
+                        route=f"metric {_LAST_METRIC} proto {BLACKHOLES}",
                         networks=lambda version, host=host: self._networks(host, version),
                     ),
                 )
@@ -258,7 +260,7 @@ def _gateways(host: Host) -> Iterator[File]:
         parts += ["[DHCPv4]\nRouteMetric="] * nic.dhcp4
         parts += ["[IPv6AcceptRA]\nRouteMetric="]  # which any router on the link may send
         head = f"# {host.name}: default routers for as long as OSPF has none. Rendered from its cluster file.\n"
-        yield _file(_GATEWAY.format(nic=nic.name), head + "\n".join(f"{part}{_GATEWAY_METRIC}\n" for part in parts))
+        yield _file(_GATEWAY.format(nic=nic.name), head + "\n".join(f"{part}{_LAST_METRIC}\n" for part in parts))
 
 
 @functools.lru_cache(maxsize=4096)  # it is a file of the host and a part of its seed

@@ -16,7 +16,7 @@ from provision import ipvs
 from provision.apply import MARK
 from provision.checks.conftest import Ask, parsed
 from provision.host import Host
-from provision.model import TOA_BPF_LOADED, TOA_BPF_RUNS, Cluster, Director, RealServer, Service
+from provision.model import BLACKHOLES, TOA_BPF_LOADED, TOA_BPF_RUNS, Cluster, Director, RealServer, Service
 
 pytestmark = pytest.mark.importance("high")
 
@@ -98,6 +98,17 @@ def test_packets_for_vips_elsewhere_are_dropped(ask: Ask, cluster: Cluster, dire
     wanted = set(cluster.passing(director))
     assert found == wanted, (
         f"dropped for {_sorted(found)}, not for {_sorted(wanted)} (nft -f /etc/lvs/vips.nft, rc.local)"
+    )
+
+
+@pytest.mark.role("director", "ospf")
+def test_packets_for_withdrawn_vips_are_dropped(ask: Ask, cluster: Cluster, director: Director) -> None:
+    """As the one before; a route to another director that has the VIP is better."""
+    shown = [ask(f"ip -{family} -j route show type blackhole proto {BLACKHOLES}") for family in (4, 6)]
+    found = {ipaddress.ip_address(route["dst"]) for text in shown for route in parsed(text)}
+    wanted = set(cluster.withdrawable(director))
+    assert found == wanted, (
+        f"dropped for {_sorted(found)}, not for {_sorted(wanted)} (ip -batch /etc/lvs/vips.routes, rc.local)"
     )
 
 

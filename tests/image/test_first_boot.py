@@ -369,6 +369,12 @@ BREAKS = [
             shows="! vtysh -d ospfd -c 'show ip ospf neighbor' | grep -q Full",
         ),
         Break(
+            "packets for withdrawn vips are dropped",
+            r"dropped for \['2001:db8:ffff::1'\], not for \['2001:db8:ffff::1', '203\.0\.113\.1', '203\.0\.113\.2'\]",
+            "ip route flush proto 254",
+            "systemctl restart rc-local",
+        ),
+        Break(
             "routes of ospf for ipv6 are there",
             "no default route by OSPF",
             "systemctl stop ospf6d",

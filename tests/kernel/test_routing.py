@@ -31,6 +31,7 @@ from tools import build as tools
 pytestmark = [pytest.mark.build, pytest.mark.guest]
 
 MANUAL = settings.TOP / "provision/examples/manual/ospf/etc/quagga"
+ROUTES = settings.TOP / "tests/cases/render/minimal/expected/lvs-1/rootfs/etc/lvs/vips.routes"
 ETC = "/etc/quagga"
 ZEBRA, OSPFD = f"/usr/sbin/zebra -d -f {ETC}/zebra.conf", f"/usr/sbin/ospfd -d -f {ETC}/ospf.conf"  # as it is typed
 LOGS = {"zebra": "/var/log/zebra.log", "ospfd": "/var/log/ospf.log"}
@@ -377,6 +378,42 @@ def test_virtual_addresses_of_ipv6_are_announced_while_they_are_bound(routers: R
     announced(every)
     routers.bind(*every[40:], command="del")
     announced(every[:40])
+
+
+def test_packets_for_a_withdrawn_address_do_not_come_back(routers: Routers) -> None:
+    """From a router that has not yet heard, and never does here, with the routes of `/etc/lvs/vips.routes`."""
+    routers.connect()
+    routers.director.run("sysctl", "-q", "net.ipv4.ip_forward=1")
+    vip = VIPS[0]
+    # nearer than what OSPF says
+    routers.peer.ip(f"route add {vip} via {DIRECTOR} metric 1")
+    routers.wait(lambda: routers.learnt(routers.director) == {"default": PEER}, "the way out", STANDING)
+
+    def answer() -> str:
+        return routers.peer.run("ping", "-c", "1", "-W", "2", vip, seconds=10, check=False).out
+
+    assert "Time to live exceeded" in answer(), "nothing came back, whatever the routes do"
+    (route,) = (line for line in ROUTES.read_text(encoding="utf-8").splitlines() if "203.0.113.1 " in line)
+    routers.guest.write("/tmp/vips.routes", route.replace("203.0.113.1", vip))  # noqa: S108  the guest's
+    routers.director.run("ip", "-batch", "/tmp/vips.routes")  # noqa: S108
+    assert "0 received" in answer()
+    assert "exceeded" not in answer()
+    # here
+    routers.bind(vip)
+    assert "1 received" in answer()
+    routers.wait(lambda: vip in routers.learnt(routers.peer), "the announcement", STANDING)
+    routers.bind(vip, command="del")
+    assert "exceeded" not in answer()
+    # on another director
+    routers.peer.ip(f"addr add {vip}/32 dev lo")
+    routers.ask("configure terminal", "router ospf", f"network {vip}/32 area {AREA}", "end", peer=True)
+    routers.wait(lambda: routers.learnt(routers.director).get(vip) == PEER, "the other's announcement", STANDING)
+    way = json.loads(routers.director.run("ip", "-j", "route", "get", vip).out)
+    assert way[0]["gateway"] == PEER
+    routers.ask("configure terminal", "router ospf", f"no network {vip}/32 area {AREA}", "end", peer=True)
+    routers.peer.ip(f"addr del {vip}/32 dev lo")
+    routers.wait(lambda: vip not in routers.learnt(routers.director), "its end", STANDING)
+    assert "exceeded" not in answer()
 
 
 _KEY = f"ip ospf message-digest-key {KEY_NUMBER} md5"

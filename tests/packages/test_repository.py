@@ -130,9 +130,7 @@ def install(
     if not gpgcheck:
         client = client.replace("\ngpgcheck=1", "\ngpgcheck=0")
     configuration = where / "dnf.conf"
-    configuration.write_text(
-        "[main]\nreposdir=/nowhere\nplugins=0\ncachedir=/var/cache/dnf\n" + client
-    )
+    configuration.write_text("[main]\nreposdir=/nowhere\nplugins=0\ncachedir=/var/cache/dnf\n" + client)
     macros = where / "macros"
     macros.write_text("%_dbpath /var/lib/rpm\n%__gpg /usr/bin/gpg\n")
     dnf = f"dnf --refresh --config /build/dnf.conf --installroot /build/tree --releasever 12 --assumeyes {words}"

@@ -7,6 +7,7 @@ import copy
 import functools
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +58,9 @@ def cluster_of(folder: Path, base: dict[str, Any] = OSPF, **changes: Any) -> Clu
     return clusters.load(path)
 
 
+VIP_ROUTES = ["ip -4 route flush proto 254", "ip -6 route flush proto 254", "ip -batch /etc/lvs/vips.routes"]
+
+
 def well(_host: Host, _down: frozenset[str]) -> None:
     """A gate that is open."""
 
@@ -88,7 +92,7 @@ def test_a_new_host_then_nothing_to_do(lab: Lab, folder: Path) -> None:
     cluster = cluster_of(folder)
     asked: list[str] = []
     lines = applying.apply(cluster, ["lvs-1"], lab.connect, lambda host, _: asked.append(host.name))
-    assert lines == ["lvs-1: 12 files changed, network sysctl keepalived rc-local zebra ospfd ospf6d"]
+    assert lines == ["lvs-1: 13 files changed, network sysctl keepalived vip-routes rc-local zebra ospfd ospf6d"]
     assert lab.files("lvs-1") == expected(cluster, "lvs-1")
     assert asked == ["lvs-1"]
     calls = lab.calls("lvs-1")
@@ -98,6 +102,7 @@ def test_a_new_host_then_nothing_to_do(lab: Lab, folder: Path) -> None:
         *(f"ip address replace {each} dev eth1{' preferred_lft 0' if ':' in each else ''}" for each in local),
         "systemd-sysctl ",
         "systemctl reload-or-restart keepalived",
+        *VIP_ROUTES,
         "systemctl restart rc-local",
         "systemctl restart zebra",
         "systemctl restart ospfd",
@@ -112,7 +117,8 @@ def test_a_new_host_then_nothing_to_do(lab: Lab, folder: Path) -> None:
 def test_a_plan_shows_no_secret_and_changes_nothing(lab: Lab, folder: Path) -> None:
     cluster = cluster_of(folder, vty={"password": {"file": "vrrp"}})
     text = "\n".join(applying.plan(cluster, (), lab.connect))
-    assert "== lvs-1: 12 files differ; concerned: network sysctl keepalived rc-local zebra ospfd ospf6d" in text
+    concerned = "network sysctl keepalived vip-routes rc-local zebra ospfd ospf6d"
+    assert f"== lvs-1: 13 files differ; concerned: {concerned}" in text
     assert "+ ip ospf message-digest-key 8 md5 (secret)" in text and "+password (secret)" in text
     assert "k3y" not in text and "s3cret" not in text
     assert "+    192.168.100.4" in text
@@ -137,7 +143,7 @@ def test_a_host_that_is_down_does_not_hide_the_others(
     with pytest.raises(BuildError, match="1 of the hosts could not be asked"):
         applying.plan(cluster_of(folder), (), lab.connect)
     out = capsys.readouterr().out
-    assert "== lvs-1: not known" in out and "== lvs-2: 12 files differ" in out
+    assert "== lvs-1: not known" in out and "== lvs-2: 13 files differ" in out
 
 
 def test_only_what_changed_is_told(lab: Lab, folder: Path) -> None:
@@ -261,6 +267,8 @@ def test_vips_bound_by_scripts_follow_their_file(lab: Lab, folder: Path) -> None
         "systemctl reload-or-restart keepalived",
         "ip address del 203.0.113.2/32 dev lo",
         "ip -o address show dev lo to 203.0.113.1/32",  # the fake prints nothing: not bound here
+        *VIP_ROUTES,
+        *VIP_ROUTES,
         "systemctl reload-or-restart keepalived",
         "ip address del 203.0.113.9/32 dev lo",
         "ip -o address show dev lo to 203.0.113.1/32",
@@ -271,6 +279,7 @@ def test_vips_bound_by_scripts_follow_their_file(lab: Lab, folder: Path) -> None
         "systemctl reload-or-restart keepalived",
         "ip address del 203.0.113.1/32 dev lo",
         "ip address del 203.0.113.2/32 dev lo",
+        *VIP_ROUTES,
     ]
 
 
@@ -288,6 +297,22 @@ def test_the_table_for_vips_elsewhere_comes_and_goes_with_its_file(lab: Lab, fol
     assert told(cluster_of(folder, VRRP), well) == []
     assert told(cluster_of(folder), sick) == [delete, load]
     assert told(cluster_of(folder), well) == [delete]
+
+
+def test_routes_for_withdrawn_vips_come_and_go_with_their_file(lab: Lab, folder: Path) -> None:
+    def told(cluster: Cluster, gate: applying.Gate) -> list[str]:
+        with contextlib.suppress(BuildError):
+            applying.apply(cluster, ["lvs-1"], lab.connect, gate)
+        return [call for call in lab.calls("lvs-1") if re.match("ip .*(flush proto|batch)", call)]
+
+    delete = VIP_ROUTES[:2]
+    assert told(cluster_of(folder), sick) == [*VIP_ROUTES, *delete]
+    assert told(cluster_of(folder), well) == VIP_ROUTES
+    assert told(cluster_of(folder), well) == []
+    services = copy.deepcopy(OSPF["services"])
+    services[0]["vips"] = services[0]["vips"][1:]
+    assert told(cluster_of(folder, services=services), well) == VIP_ROUTES
+    assert told(cluster_of(folder, VRRP), well) == delete
 
 
 def test_a_vip_more_is_bound_where_the_others_are() -> None:

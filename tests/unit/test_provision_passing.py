@@ -1,8 +1,10 @@
-"""Packets for VIPs that are on another director: which prefixes they are dropped for, and the check of that."""
+"""Packets for VIPs that are not here: what a director drops them for, and the checks of that."""
 
 from __future__ import annotations
 
 import copy
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from provision.model import Cluster
 from tests.unit.clusters import OSPF, VRRP, Change, at, load
 
 ROUTED = "local_addresses.laddr_g1.routed"
-RULES = "/etc/lvs/vips.nft"
+RULES, ROUTES = "/etc/lvs/vips.nft", "/etc/lvs/vips.routes"
 # As nft 1.0.6 prints what was loaded.
 LISTED = """\
 table inet lvs {
@@ -80,3 +82,48 @@ def test_the_check(tmp_path: Path) -> None:
             judge(listed, cluster)
     with pytest.raises(AssertionError, match=r", not for \[\]"):
         judge(LISTED, spoilt(tmp_path, at("directors.0.downlink", "eth0"), at(ROUTED, True)))
+
+
+# --- mode ospf
+
+WITHDRAWABLE = ["2001:db8:ffff::3", "203.0.113.1", "203.0.113.2", "203.0.113.3"]
+
+
+def routes(cluster: Cluster) -> list[list[str]]:
+    """The words of the lines of the first director's file."""
+    found = [file.content for file in render.Renderer(cluster).root_files(cluster.directors[0]) if file.path == ROUTES]
+    return [line.split() for text in found for line in text.splitlines() if not line.startswith("#")]
+
+
+def test_which_vips_have_a_route_for_when_they_are_withdrawn(tmp_path: Path) -> None:
+    """Each once, though it has two services; in the file's protocol and behind OSPF's own routes."""
+    words = routes(spoilt(tmp_path, base=OSPF))
+    assert sorted(line[3] for line in words) == WITHDRAWABLE
+    assert {(*line[:3], *line[4:]) for line in words} == {
+        ("route", "replace", "blackhole", "metric", str(254 * 2**24), "proto", "254")
+    }
+    assert routes(spoilt(tmp_path)) == [], "the other mode"
+    elsewhere = copy.deepcopy(OSPF["services"])
+    for service in elsewhere:
+        service["directors"] = ["lvs-2"]
+    assert routes(spoilt(tmp_path, at("services", elsewhere), base=OSPF)) == [], "another director's"
+
+
+def test_the_check_of_withdrawn_vips(tmp_path: Path) -> None:
+    cluster = spoilt(tmp_path, base=OSPF)
+    four, six = (
+        json.dumps([{"type": "blackhole", "dst": vip} for vip in WITHDRAWABLE if (":" in vip) is wide])
+        for wide in (False, True)
+    )
+
+    def judge(four: str, six: str) -> None:
+        answers = {
+            "ip -4 -j route show type blackhole proto 254": four,
+            "ip -6 -j route show type blackhole proto 254": six,
+        }
+        high.test_packets_for_withdrawn_vips_are_dropped(answers.__getitem__, cluster, cluster.directors[0])
+
+    judge(four, six)
+    for less in ((four, ""), ("", six), (four, four), (four.replace("113.1", "113.9"), six)):
+        with pytest.raises(AssertionError, match=re.escape(f"not for {WITHDRAWABLE}")):
+            judge(*less)

@@ -1,7 +1,7 @@
 """The director's `/etc/rc.local` with tools that only write down how they were called: `tests/cases/rc-local/<case>/`.
 
 host.conf       what the host was given; missing where it was given nothing
-vips.nft        what nft is told about packets for VIPs, where it is told anything
+vips.nft, vips.routes   what nft, or ip, is told about packets for VIPs, where it is told anything
 machine.yaml    the NICs: offloads as `ethtool -k` names them, and networkd's file for the link; how often rc.local has
                 waited when the NIC appears (after), and when networkd has decided about it (networkd_after)
 expected        what was said, what was called in which order, and how often rc.local has waited
@@ -23,8 +23,9 @@ CASES = sorted(p.parent for p in (Path(__file__).parents[1] / "cases/rc-local").
 
 FAKE = """#!/bin/sh
 [ "$1" = -k ] && { cat "$LVS_ROOT/features/$2" 2>/dev/null; exit; }
-echo "${0##*/} $*" >>"$LVS_ROOT/calls"
-! grep -qxF -- "${0##*/} $*" "$LVS_ROOT/failing" 2>/dev/null
+call=$(echo "${0##*/} $*" | sed "s,$LVS_ROOT,,")
+echo "$call" >>"$LVS_ROOT/calls"
+! grep -qxF -- "$call" "$LVS_ROOT/failing" 2>/dev/null
 """
 # Time goes by: what is due at the n-th call happens.
 SLEEP = """#!/bin/sh
@@ -65,7 +66,7 @@ def build(root: Path, case: Path) -> None:
     ):
         put(root / tool, FAKE, 0o755)
     put(root / "bin/sleep", SLEEP, 0o755)
-    for name in ("host.conf", "vips.nft"):
+    for name in ("host.conf", "vips.nft", "vips.routes"):
         if (case / name).exists():
             put(root / "etc/lvs" / name, (case / name).read_text(encoding="utf-8"))
 
