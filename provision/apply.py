@@ -32,6 +32,7 @@ GATE_MOST = 600  # seconds that a gate may take: rollout.GATE_SECONDS, and as lo
 # Seconds beyond the drain after which a host goes back by itself: a slow script, and the longest gate.
 _GRACE = SCRIPT_SECONDS + GATE_MOST
 ROUTING = ("zebra", "ospfd", "ospf6d")
+VIPS, VIP_ROUTES = "/etc/lvs/vips.nft", "/etc/lvs/vips.routes"
 # In the host's log before each change: what keepalived had complained of earlier is no fault of the change.
 MARK = "lvsforge: its files are changed from here on"
 # Takes a host that was changed, and the real servers that were down before that; raises where the host is not well,
@@ -84,9 +85,9 @@ class Plan:
             found.append("sysctl")
         if self.keepalived:
             found.append("keepalived")
-        if "/etc/lvs/vips.nft" in paths:
+        if VIPS in paths:
             found.append("vips")
-        if "/etc/lvs/vips.routes" in paths:
+        if VIP_ROUTES in paths:
             found.append("vip-routes")
         if "/etc/lvs/host.conf" in paths or "network" in found:
             found.append("rc-local")
@@ -514,15 +515,27 @@ if [ -e {NETWORK} ]; then
 fi
 """
 
+# rc.local does it at boot only, and that of an image from before these files not even then.
+_LOAD_VIPS = f"[ ! -e {VIPS} ] || nft -f {VIPS}\n"
+_LOAD_VIP_ROUTES = f"[ ! -e {VIP_ROUTES} ] || ip -force -batch {VIP_ROUTES}\n"
+# Of a VIP that has just left with its route, routers may not yet have heard.
+_VIP_ROUTES = f"""{_LOAD_VIP_ROUTES}
+wanted=$(grep -c ^route {VIP_ROUTES} 2>/dev/null) || :
+found=$({{ ip -4 route show proto {BLACKHOLES}; ip -6 route show proto {BLACKHOLES}; }} | wc -l)
+if [ "$found" -ne "${{wanted:-0}}" ]; then
+    sleep 5
+    ip -4 route flush proto {BLACKHOLES}
+    ip -6 route flush proto {BLACKHOLES}
+    {_LOAD_VIP_ROUTES}
+fi
+"""
+
 _ACT: Mapping[str, str] = {
     "network": _NETWORK,
     "sysctl": "/lib/systemd/systemd-sysctl\n",
     "keepalived": "systemctl reload-or-restart keepalived\n",
-    # Which rc.local does at boot only, and that of an image from before these files not even then.
-    "vips": "if [ -e /etc/lvs/vips.nft ]; then nft -f /etc/lvs/vips.nft\n"
-    "else printf 'table inet lvs\\ndelete table inet lvs\\n' | nft -f -; fi\n",
-    "vip-routes": f"ip -4 route flush proto {BLACKHOLES}\nip -6 route flush proto {BLACKHOLES}\n"
-    "[ ! -e /etc/lvs/vips.routes ] || ip -batch /etc/lvs/vips.routes\n",
+    "vips": f"{_LOAD_VIPS}[ -e {VIPS} ] || printf 'table inet lvs\\ndelete table inet lvs\\n' | nft -f -\n",
+    "vip-routes": _VIP_ROUTES,
     # Adds local addresses that are new, removes those that are gone.
     "rc-local": "systemctl restart rc-local\n",
     "toa-bpf": f"! {TOA_BPF_LOADED} || toa-bpf load\n",
@@ -555,7 +568,7 @@ def _keep(paths: Sequence[str], areas: Sequence[str], back: Sequence[str], secon
     # even if another one fails; what it says is shown.
     acts = "".join(
         _ACT[area]
-        for area in ("network", "sysctl", "vips", "vip-routes", "rc-local", "toa-bpf", "keepalived", *ROUTING)
+        for area in ("network", "sysctl", "vips", "rc-local", "toa-bpf", "keepalived", "vip-routes", *ROUTING)
         if area in areas
     )
     acts += f"sysctl -e -q -p {STATE}/settings\n" if "sysctl" in areas else ""
@@ -598,4 +611,4 @@ for file in {words}; do
 done
 rm -f {" ".join(shlex.quote(path) for path in gone)}
 /usr/lib/lvsforge/drop-stale-files
-"""
+{_LOAD_VIPS}{_LOAD_VIP_ROUTES}"""

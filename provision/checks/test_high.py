@@ -108,7 +108,7 @@ def test_packets_for_withdrawn_vips_are_dropped(ask: Ask, cluster: Cluster, dire
     found = {ipaddress.ip_address(route["dst"]) for text in shown for route in parsed(text)}
     wanted = set(cluster.withdrawable(director))
     assert found == wanted, (
-        f"dropped for {_sorted(found)}, not for {_sorted(wanted)} (ip -batch /etc/lvs/vips.routes, rc.local)"
+        f"dropped for {_sorted(found)}, not for {_sorted(wanted)} (ip -force -batch /etc/lvs/vips.routes, rc.local)"
     )
 
 

@@ -32,6 +32,7 @@ case "$name $*" in
     "sysctl -e "*) shift; for key; do echo "$key = 7"; done; exit 0 ;;
     "ipvsadm -Ln") cat /var/lib/table 2>/dev/null ;;
     "ipvsadm -Gn") cat /var/lib/ipvsadm 2>/dev/null; : >/var/lib/ipvsadm ;;
+    "ip -4 route show proto 254") cat /var/lib/routes 2>/dev/null ;;
     "ip -o address show") cat /var/lib/addresses 2>/dev/null ;;
 esac
 echo "$name $*" >>/var/lib/calls
@@ -46,7 +47,7 @@ case ${0##*/} in
     *) ! grep -q broken "$file" || echo "No such command on config line 2: hostname broken" >&2 ;;
 esac
 """
-FAKES = ("systemctl", "systemd-run", "ipvsadm", "ip", "networkctl", "cloud-init", "logger", "toa-bpf", "nft")
+FAKES = ("systemctl", "systemd-run", "ipvsadm", "ip", "networkctl", "cloud-init", "logger", "toa-bpf", "nft", "sleep")
 
 
 @dataclass

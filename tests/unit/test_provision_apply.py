@@ -58,7 +58,10 @@ def cluster_of(folder: Path, base: dict[str, Any] = OSPF, **changes: Any) -> Clu
     return clusters.load(path)
 
 
-VIP_ROUTES = ["ip -4 route flush proto 254", "ip -6 route flush proto 254", "ip -batch /etc/lvs/vips.routes"]
+LOAD = "ip -force -batch /etc/lvs/vips.routes"
+# With fewer routes on the host than in the file, or more.
+FLUSH = ["sleep 5", "ip -4 route flush proto 254", "ip -6 route flush proto 254"]
+VIP_ROUTES = [LOAD, *FLUSH, LOAD]
 
 
 def well(_host: Host, _down: frozenset[str]) -> None:
@@ -84,7 +87,16 @@ def folders(lab: Lab, name: str) -> dict[str, int]:
 
 
 def acts(calls: list[str]) -> list[str]:
-    looks = ("systemd-run", "cloud-init", "networkctl", "ipvsadm -Ln", "systemctl is-active --quiet lvs-rollback")
+    looks = (
+        LOAD,
+        "ip -4 route show",
+        "ip -6 route show",
+        "systemd-run",
+        "cloud-init",
+        "networkctl",
+        "ipvsadm -Ln",
+        "systemctl is-active --quiet lvs-rollback",
+    )
     return [call for call in calls if not call.startswith(looks)]
 
 
@@ -102,7 +114,7 @@ def test_a_new_host_then_nothing_to_do(lab: Lab, folder: Path) -> None:
         *(f"ip address replace {each} dev eth1{' preferred_lft 0' if ':' in each else ''}" for each in local),
         "systemd-sysctl ",
         "systemctl reload-or-restart keepalived",
-        *VIP_ROUTES,
+        *FLUSH,
         "systemctl restart rc-local",
         "systemctl restart zebra",
         "systemctl restart ospfd",
@@ -267,9 +279,9 @@ def test_vips_bound_by_scripts_follow_their_file(lab: Lab, folder: Path) -> None
         "systemctl reload-or-restart keepalived",
         "ip address del 203.0.113.2/32 dev lo",
         "ip -o address show dev lo to 203.0.113.1/32",  # the fake prints nothing: not bound here
-        *VIP_ROUTES,
-        *VIP_ROUTES,
+        *FLUSH,
         "systemctl reload-or-restart keepalived",
+        *FLUSH,
         "ip address del 203.0.113.9/32 dev lo",
         "ip -o address show dev lo to 203.0.113.1/32",
     ]
@@ -279,7 +291,7 @@ def test_vips_bound_by_scripts_follow_their_file(lab: Lab, folder: Path) -> None
         "systemctl reload-or-restart keepalived",
         "ip address del 203.0.113.1/32 dev lo",
         "ip address del 203.0.113.2/32 dev lo",
-        *VIP_ROUTES,
+        *FLUSH,
     ]
 
 
@@ -292,27 +304,34 @@ def test_the_table_for_vips_elsewhere_comes_and_goes_with_its_file(lab: Lab, fol
         return [call for call in lab.calls("lvs-1") if call.startswith("nft")]
 
     load, delete = "nft -f /etc/lvs/vips.nft", "nft -f -"
-    assert told(cluster_of(folder, VRRP), sick) == [load, delete]
-    assert told(cluster_of(folder, VRRP), well) == [load]
+    assert told(cluster_of(folder, VRRP), sick) == [load, load, delete]
+    assert told(cluster_of(folder, VRRP), well) == [load, load]
     assert told(cluster_of(folder, VRRP), well) == []
     assert told(cluster_of(folder), sick) == [delete, load]
     assert told(cluster_of(folder), well) == [delete]
 
 
 def test_routes_for_withdrawn_vips_come_and_go_with_their_file(lab: Lab, folder: Path) -> None:
+    """They are there before keepalived has a VIP more, and for some seconds after it has one less."""
+
     def told(cluster: Cluster, gate: applying.Gate) -> list[str]:
         with contextlib.suppress(BuildError):
             applying.apply(cluster, ["lvs-1"], lab.connect, gate)
-        return [call for call in lab.calls("lvs-1") if re.match("ip .*(flush proto|batch)", call)]
+        calls = lab.calls("lvs-1")
+        return [call for call in calls if re.match("ip .*(flush proto|batch)|sleep|systemctl reload-or-res", call)]
 
-    delete = VIP_ROUTES[:2]
-    assert told(cluster_of(folder), sick) == [*VIP_ROUTES, *delete]
-    assert told(cluster_of(folder), well) == VIP_ROUTES
-    assert told(cluster_of(folder), well) == []
+    reload = "systemctl reload-or-restart keepalived"
     services = copy.deepcopy(OSPF["services"])
     services[0]["vips"] = services[0]["vips"][1:]
-    assert told(cluster_of(folder, services=services), well) == VIP_ROUTES
-    assert told(cluster_of(folder, VRRP), well) == delete
+    less = cluster_of(folder, services=services)
+    (lab.root("lvs-1") / "var/lib/routes").write_text("blackhole 203.0.113.1 metric 4261412864\n" * 4)
+    assert told(less, sick) == [LOAD, reload, *VIP_ROUTES, reload, *FLUSH]
+    assert told(less, well) == [LOAD, reload, *VIP_ROUTES]
+    assert told(less, well) == []
+    assert told(cluster_of(folder), well) == [LOAD, reload, LOAD], "as many as are wanted"
+    assert told(cluster_of(folder, services=services), well) == [LOAD, reload, *VIP_ROUTES]
+    assert told(cluster_of(folder, services=services, ospf={**OSPF["ospf"], "reference_bandwidth": 7}), well) == [LOAD]
+    assert told(cluster_of(folder, VRRP), well) == [reload, *FLUSH]
 
 
 def test_a_vip_more_is_bound_where_the_others_are() -> None:
