@@ -279,9 +279,9 @@ def change(remote: Remote, plan: Plan, gate: Gate, drain: float, shows: str) -> 
     remote.run(_UNPACK, what="the new files' own checkers")
     # Of these rc.local does not know: it has not run yet, or failed.
     back = [_removal(address, device) for address, device in added]
-    back += rebinding([(c.new, c.old) for c in plan.keepalived])
+    unbound = rebinding([(c.new, c.old) for c in plan.keepalived])
     seconds = int(drain) + _GRACE
-    keep = _keep(paths, plan.areas, back, seconds)
+    keep = _keep(paths, plan.areas, unbound, back, seconds)
     remote.run(f"{keep}\n{claim.extended(seconds)}", what="keeping the old files")
     try:
         remote.run(_install([file.path for file in plan.files], [c.path for c in plan.changes if c.new is None]))
@@ -516,7 +516,7 @@ fi
 """
 
 # rc.local does it at boot only, and that of an image from before these files not even then.
-_LOAD_VIPS = f"[ ! -e {VIPS} ] || nft -f {VIPS}\n"
+_LOAD_VIPS = f"[ ! -e {VIPS} ] || nft list table inet lvs >/dev/null 2>&1 || nft -f {VIPS}\n"
 _LOAD_VIP_ROUTES = f"[ ! -e {VIP_ROUTES} ] || ip -force -batch {VIP_ROUTES}\n"
 # Of a VIP that has just left with its route, routers may not yet have heard.
 _VIP_ROUTES = f"""{_LOAD_VIP_ROUTES}
@@ -534,7 +534,8 @@ _ACT: Mapping[str, str] = {
     "network": _NETWORK,
     "sysctl": "/lib/systemd/systemd-sysctl\n",
     "keepalived": "systemctl reload-or-restart keepalived\n",
-    "vips": f"{_LOAD_VIPS}[ -e {VIPS} ] || printf 'table inet lvs\\ndelete table inet lvs\\n' | nft -f -\n",
+    "vips": f"if [ -e {VIPS} ]; then nft -f {VIPS}\n"
+    "else printf 'table inet lvs\\ndelete table inet lvs\\n' | nft -f -; fi\n",
     "vip-routes": _VIP_ROUTES,
     # Adds local addresses that are new, removes those that are gone.
     "rc-local": "systemctl restart rc-local\n",
@@ -561,16 +562,14 @@ systemctl reset-failed {_UNIT} 2>/dev/null || :
 """
 
 
-def _keep(paths: Sequence[str], areas: Sequence[str], back: Sequence[str], seconds: int) -> str:
+def _keep(paths: Sequence[str], areas: Sequence[str], unbound: Sequence[str], back: Sequence[str], seconds: int) -> str:
     """Keep what is there, write down how to go back, and have the host do so by itself in a while."""
     words = " ".join(shlex.quote(path) for path in paths)
-    # Local addresses first, which keepalived's old file refers to. With the old files in place each service is told,
-    # even if another one fails; what it says is shown.
-    acts = "".join(
-        _ACT[area]
-        for area in ("network", "sysctl", "vips", "rc-local", "toa-bpf", "keepalived", "vip-routes", *ROUTING)
-        if area in areas
-    )
+    # Local addresses first, which keepalived's old file refers to; what drops packets for VIPs after these left. With
+    # the old files in place each service is told, even if another one fails; what it says is shown.
+    acts = "".join(_ACT[area] for area in ("network", "sysctl", "rc-local", "toa-bpf", "keepalived") if area in areas)
+    acts += "".join(f"{line}\n" for line in unbound)
+    acts += "".join(_ACT[area] for area in ("vips", "vip-routes", *ROUTING) if area in areas)
     acts += f"sysctl -e -q -p {STATE}/settings\n" if "sysctl" in areas else ""
     acts += "".join(f"{line}\n" for line in back)
     routes = f"{_ROUTES}file_routes >{STATE}/routes\n" if "network" in areas else ""

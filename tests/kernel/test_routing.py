@@ -363,17 +363,16 @@ def test_virtual_addresses_of_ipv6_are_announced_while_they_are_bound(routers: R
             STANDING,
         )
 
-    def log() -> str:
-        return routers.guest.read(PEER_LOG)
-
     routers.director.run("sleep", "10")  # also for what two new neighbours throw away of each other
-    before = len(log())
+    before = len(routers.guest.read(PEER_LOG))
     for command, expected in (("add", every[:2]), ("del", [])):
         routers.director.run("sleep", "2")  # a quiet moment: what comes first goes out at once
         one, two = (f"ip addr {command} {address}/128 dev lo" for address in every[:2])
         routers.director.run("sh", "-ec", f"{one}; sleep 0.05; {two}")
         announced(expected)
-    assert "MinLSArrival" not in log()[before:], "the peer threw something away, and had to wait until it came again"
+    # As for IPv4, a busy host may bring two packets nearer to each other.
+    early = re.findall(r"within MinLSArrival, (\d+)ms", routers.guest.read(PEER_LOG)[before:])
+    assert all(int(each) >= 700 for each in early), f"thrown away by the peer until they came again: {early}"
     routers.bind(*every[:139])
     announced(every[:139])
     # One more or less does nothing to those of other announcements, even where nothing has changed for a while. (Those
@@ -383,8 +382,14 @@ def test_virtual_addresses_of_ipv6_are_announced_while_they_are_bound(routers: R
         routers.director.run("sleep", "2")
         routers.bind(every[139], command=command)
         announced(every if command == "add" else every[:139])
+    routers.wait(lambda: f"Deleted {every[139]} " in heard.so_far(), "the peer's word for it", STANDING)
     gone = {line.split()[1] for line in heard.so_far().splitlines() if line.startswith("Deleted 2001:")}
-    assert every[139] in gone and not gone & set(every[:126]), sorted(gone)
+    assert not gone & set(every[:126]), sorted(gone)
+    # The others move from one announcement to another.
+    routers.bind(*every[:70], command="del")
+    announced(every[70:139])
+    routers.bind(*every[:70])
+    announced(every[:139])
     # Fewer need fewer announcements: the last ones go.
     routers.bind(*every[40:139], command="del")
     announced(every[:40])
@@ -406,9 +411,9 @@ def test_packets_for_a_withdrawn_address_do_not_come_back(lab: Lab, routers: Rou
     routers.wait(lambda: routers.learnt(routers.director) == {"default": PEER}, "the way out", STANDING)
 
     def answer() -> str:
-        return client.run("ping", "-c", "1", "-W", "2", vip, seconds=10, check=False).out
+        return client.run("ping", "-c", "1", "-W", "5", vip, seconds=15, check=False).out
 
-    assert "Time to live exceeded" in answer(), "nothing came back, whatever the routes do"
+    assert "exceeded" in answer(), "nothing comes back, whatever the routes do"
     (route,) = (line for line in ROUTES.read_text(encoding="utf-8").splitlines() if "203.0.113.1 " in line)
     routers.guest.write("/tmp/vips.routes", route.replace("203.0.113.1", vip))  # noqa: S108  the guest's
     routers.director.run("ip", "-batch", "/tmp/vips.routes")  # noqa: S108
@@ -429,6 +434,8 @@ def test_packets_for_a_withdrawn_address_do_not_come_back(lab: Lab, routers: Rou
     routers.peer.ip(f"addr del {vip}/32 dev lo")
     routers.wait(lambda: vip not in routers.learnt(routers.director), "its end", STANDING)
     assert "exceeded" not in answer()
+    routers.director.ip(f"route del blackhole {vip}")
+    assert "exceeded" in answer(), "nothing comes back, whatever the routes do"
 
 
 _KEY = f"ip ospf message-digest-key {KEY_NUMBER} md5"

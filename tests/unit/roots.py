@@ -7,15 +7,22 @@ work on files (tar, cp, cmp, chown) are this machine's own.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from pipeline.errors import BuildError
 from pipeline.sandbox import Overlay, Sandbox
 from provision import apply as applying
+from provision import cluster as clusters
 from provision.host import Host
+from provision.model import Cluster
 from provision.remote import Answer, Remote, braced
+from tests.unit.clusters import OSPF
 
 IMAGE = Path(__file__).parents[2] / "image/common/rootfs"
 
@@ -135,3 +142,50 @@ class LabRemote:
     def put(self, data: bytes, path: str) -> None:
         self.lab.puts.append(path)
         (self.lab.root(self.name) / path.lstrip("/")).write_bytes(data)
+
+
+def folder_of(place: Path) -> Path:
+    """A new folder with the passwords that cluster files of `clusters.py` name."""
+    place.mkdir()
+    for name, text in {"ospf": "k3y\n", "vrrp": "s3cret"}.items():
+        (place / name).write_text(text, encoding="utf-8")
+        (place / name).chmod(0o600)
+    return place
+
+
+def cluster_of(folder: Path, base: dict[str, Any] = OSPF, **changes: Any) -> Cluster:
+    """A cluster of that folder."""
+    data = {**copy.deepcopy(base), **changes}
+    path = folder / "cluster.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    return clusters.load(path)
+
+
+LOAD = "ip -force -batch /etc/lvs/vips.routes"
+# With fewer routes on the host than in the file, or more.
+FLUSH = ["sleep 5", "ip -4 route flush proto 254", "ip -6 route flush proto 254"]
+VIP_ROUTES = [LOAD, *FLUSH, LOAD]
+
+
+def well(_host: Host, _down: frozenset[str]) -> None:
+    """A gate that is open."""
+
+
+def sick(host: Host, _down: frozenset[str]) -> None:
+    """One that is not."""
+    raise BuildError(f"{host.name} is not well", "look at it")
+
+
+def acts(calls: list[str]) -> list[str]:
+    """Without what every change does, and what only looks."""
+    looks = (
+        LOAD,
+        "ip -4 route show",
+        "ip -6 route show",
+        "systemd-run",
+        "cloud-init",
+        "networkctl",
+        "ipvsadm -Ln",
+        "systemctl is-active --quiet lvs-rollback",
+    )
+    return [call for call in calls if not call.startswith(looks)]

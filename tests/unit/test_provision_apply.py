@@ -7,28 +7,24 @@ import copy
 import functools
 import io
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import ANY
 
 import pytest
-import yaml
 
 from pipeline import settings
 from pipeline.errors import BuildError
 from provision import apply as applying
 from provision import checking, claim, render, rollout
-from provision import cluster as clusters
 from provision import operations as ops
-from provision.host import File, Host
+from provision.host import Host
 from provision.model import Cluster
 from provision.remote import Remote, Shell, braced
 from tests.unit.clusters import OSPF, VRRP
-from tests.unit.roots import Lab, LabRemote
+from tests.unit.roots import FLUSH, Lab, LabRemote, acts, cluster_of, folder_of, sick, well
 
 pytestmark = [
     pytest.mark.runs("bwrap", "unshare"),
@@ -43,33 +39,7 @@ def lab(tmp_path: Path) -> Lab:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    place = tmp_path / "in"
-    place.mkdir()
-    for name, text in {"ospf": "k3y\n", "vrrp": "s3cret"}.items():
-        (place / name).write_text(text, encoding="utf-8")
-        (place / name).chmod(0o600)
-    return place
-
-
-def cluster_of(folder: Path, base: dict[str, Any] = OSPF, **changes: Any) -> Cluster:
-    data = {**copy.deepcopy(base), **changes}
-    path = folder / "cluster.yaml"
-    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
-    return clusters.load(path)
-
-
-LOAD = "ip -force -batch /etc/lvs/vips.routes"
-# With fewer routes on the host than in the file, or more.
-FLUSH = ["sleep 5", "ip -4 route flush proto 254", "ip -6 route flush proto 254"]
-VIP_ROUTES = [LOAD, *FLUSH, LOAD]
-
-
-def well(_host: Host, _down: frozenset[str]) -> None:
-    """A gate that is open."""
-
-
-def sick(host: Host, _down: frozenset[str]) -> None:
-    raise BuildError(f"{host.name} is not well", "look at it")
+    return folder_of(tmp_path / "in")
 
 
 def expected(cluster: Cluster, name: str) -> dict[str, tuple[bytes, int, int]]:
@@ -84,20 +54,6 @@ def folders(lab: Lab, name: str) -> dict[str, int]:
     """The modes of a host's folders: of / itself, and all below /etc."""
     root = lab.root(name)
     return {str(p): p.stat().st_mode & 0o7777 for p in (root, *(root / "etc").rglob("*")) if p.is_dir()}
-
-
-def acts(calls: list[str]) -> list[str]:
-    looks = (
-        LOAD,
-        "ip -4 route show",
-        "ip -6 route show",
-        "systemd-run",
-        "cloud-init",
-        "networkctl",
-        "ipvsadm -Ln",
-        "systemctl is-active --quiet lvs-rollback",
-    )
-    return [call for call in calls if not call.startswith(looks)]
 
 
 def test_a_new_host_then_nothing_to_do(lab: Lab, folder: Path) -> None:
@@ -217,7 +173,7 @@ def test_default_routers_are_the_networks(lab: Lab, folder: Path) -> None:
     calls = lab.calls("lvs-1")
     assert "networkctl reload" in calls
     # The default route of IPv4 is in the new file, too; what only the old one has would stay in the kernel.
-    assert [call for call in calls if call.startswith("ip -")] == [
+    assert [call for call in calls if "route flush" in call] == [
         "ip -4 route flush exact 10.65.0.0/16 dev eth0 proto static",
         "ip -6 route flush exact ::/0 dev eth0 proto static",
         "ip -6 route flush exact 2001:db8:65::/48 dev eth0 proto static",
@@ -226,7 +182,7 @@ def test_default_routers_are_the_networks(lab: Lab, folder: Path) -> None:
     directors[0]["interfaces"][0].pop("gateway4")
     with pytest.raises(BuildError):
         applying.apply(cluster_of(folder, directors=directors), ["lvs-1"], lab.connect, sick)
-    flushed = [call for call in lab.calls("lvs-1") if call.startswith("ip -")]
+    flushed = [call for call in lab.calls("lvs-1") if "route flush" in call]
     assert flushed == ["ip -4 route flush exact 0.0.0.0/0 dev eth0 proto static"]
 
 
@@ -263,97 +219,6 @@ def test_what_is_not_wanted_any_more_goes(lab: Lab, folder: Path) -> None:
     assert lab.files("lvs-1") == expected(cluster, "lvs-1")
     assert "ospf6d" in line
     assert "systemctl stop ospf6d" in lab.calls("lvs-1"), "no IPv6 is announced any more"
-
-
-def test_vips_bound_by_scripts_follow_their_file(lab: Lab, folder: Path) -> None:
-    """keepalived runs quorum_up when a quorum comes, not for a VIP more: it is bound as those beside it are."""
-    first = cluster_of(folder, vip_binding="scripts")
-    applying.apply(first, ["lvs-1"], lab.connect, well)
-    lab.calls("lvs-1")
-    services = copy.deepcopy(OSPF["services"])
-    services[0]["vips"] = ["203.0.113.1", "203.0.113.9"]
-    cluster = cluster_of(folder, vip_binding="scripts", services=services)
-    with pytest.raises(BuildError):
-        applying.apply(cluster, ["lvs-1"], lab.connect, sick)
-    assert acts(lab.calls("lvs-1")) == [
-        "systemctl reload-or-restart keepalived",
-        "ip address del 203.0.113.2/32 dev lo",
-        "ip -o address show dev lo to 203.0.113.1/32",  # the fake prints nothing: not bound here
-        *FLUSH,
-        "systemctl reload-or-restart keepalived",
-        *FLUSH,
-        "ip address del 203.0.113.9/32 dev lo",
-        "ip -o address show dev lo to 203.0.113.1/32",
-    ]
-    services = services[1:]
-    applying.apply(cluster_of(folder, vip_binding="scripts", services=services), ["lvs-1"], lab.connect, well)
-    assert acts(lab.calls("lvs-1")) == [
-        "systemctl reload-or-restart keepalived",
-        "ip address del 203.0.113.1/32 dev lo",
-        "ip address del 203.0.113.2/32 dev lo",
-        *FLUSH,
-    ]
-
-
-def test_the_table_for_vips_elsewhere_comes_and_goes_with_its_file(lab: Lab, folder: Path) -> None:
-    """Also on a host whose image knows nothing of it; a host that goes back has what it had."""
-
-    def told(cluster: Cluster, gate: applying.Gate) -> list[str]:
-        with contextlib.suppress(BuildError):
-            applying.apply(cluster, ["lvs-1"], lab.connect, gate)
-        return [call for call in lab.calls("lvs-1") if call.startswith("nft")]
-
-    load, delete = "nft -f /etc/lvs/vips.nft", "nft -f -"
-    assert told(cluster_of(folder, VRRP), sick) == [load, load, delete]
-    assert told(cluster_of(folder, VRRP), well) == [load, load]
-    assert told(cluster_of(folder, VRRP), well) == []
-    assert told(cluster_of(folder), sick) == [delete, load]
-    assert told(cluster_of(folder), well) == [delete]
-
-
-def test_routes_for_withdrawn_vips_come_and_go_with_their_file(lab: Lab, folder: Path) -> None:
-    """They are there before keepalived has a VIP more, and for some seconds after it has one less."""
-
-    def told(cluster: Cluster, gate: applying.Gate) -> list[str]:
-        with contextlib.suppress(BuildError):
-            applying.apply(cluster, ["lvs-1"], lab.connect, gate)
-        calls = lab.calls("lvs-1")
-        return [call for call in calls if re.match("ip .*(flush proto|batch)|sleep|systemctl reload-or-res", call)]
-
-    reload = "systemctl reload-or-restart keepalived"
-    services = copy.deepcopy(OSPF["services"])
-    services[0]["vips"] = services[0]["vips"][1:]
-    less = cluster_of(folder, services=services)
-    (lab.root("lvs-1") / "var/lib/routes").write_text("blackhole 203.0.113.1 metric 4261412864\n" * 4)
-    assert told(less, sick) == [LOAD, reload, *VIP_ROUTES, reload, *FLUSH]
-    assert told(less, well) == [LOAD, reload, *VIP_ROUTES]
-    assert told(less, well) == []
-    assert told(cluster_of(folder), well) == [LOAD, reload, LOAD], "as many as are wanted"
-    assert told(cluster_of(folder, services=services), well) == [LOAD, reload, *VIP_ROUTES]
-    assert told(cluster_of(folder, services=services, ospf={**OSPF["ospf"], "reference_bandwidth": 7}), well) == [LOAD]
-    assert told(cluster_of(folder, VRRP), well) == [reload, *FLUSH]
-
-
-def test_a_vip_more_is_bound_where_the_others_are() -> None:
-    old, new = (
-        File("/etc/keepalived/x.conf", f'    quorum_up "{text}"\n    quorum_down "ip addr del x dev lo;"\n', 0o640)
-        for text in ("ip addr add 1.1.1.1/32 dev lo;", "ip addr add 1.1.1.1/32 dev lo; ip addr add 1.1.1.3/32 dev lo;")
-    )
-    assert applying.rebinding([(old, new)]) == [
-        '[ -z "$(ip -o address show dev lo to 1.1.1.1/32)" ] || ip address replace 1.1.1.3/32 dev lo'
-    ]
-    assert applying.rebinding([(new, old)]) == ["ip address del 1.1.1.3/32 dev lo 2>/dev/null || :"]
-    assert applying.rebinding([(None, new)]) == []
-
-
-def test_a_vip_that_keepalived_takes_over_stays(lab: Lab, folder: Path) -> None:
-    """A second service on a script's VIP: were it removed, it would be announced nowhere until it is bound again."""
-    applying.apply(cluster_of(folder, vip_binding="scripts"), ["lvs-1"], lab.connect, well)
-    lab.calls("lvs-1")
-    services = copy.deepcopy(OSPF["services"])
-    services.append({**copy.deepcopy(services[0]), "name": "more", "ports": [8443], "vips": ["203.0.113.1"]})
-    applying.apply(cluster_of(folder, vip_binding="scripts", services=services), ["lvs-1"], lab.connect, well)
-    assert acts(lab.calls("lvs-1")) == ["systemctl reload-or-restart keepalived"]
 
 
 # As keepalived's reload begins: the kernel's set still has the address, and no connection of it is open.
@@ -511,7 +376,7 @@ def test_a_change_that_was_cut_off_is_undone_first(lab: Lab, folder: Path) -> No
         remote.run(f"mkdir -p {applying.STATE}")
         remote.put(applying.pack(plan.files), f"{applying.STATE}/new.tar")
         remote.run(applying._UNPACK)
-        remote.run(applying._keep([c.path for c in plan.changes], plan.areas, [], 660))
+        remote.run(applying._keep([c.path for c in plan.changes], plan.areas, [], [], 660))
         remote.run(applying._install([f.path for f in plan.files], [c.path for c in plan.changes if c.new is None]))
         killed = claim.ourselves()
         killed = replace(killed, process=f"{killed.process.rpartition('/')[0]}/1")
