@@ -290,7 +290,7 @@ def lab_up(
 ) -> None:
     """Boot a cluster from golden images and its seeds on this machine, with a router and clients; it stays up."""
     given = {"director": image_director, "realserver": image_realserver}
-    parts = lab.Parts(image=partial(bake.ready, given), toa_bpf=bake.toa_bpf)
+    parts = lab.Parts(image=partial(bake.ready, given), toa_bpf=bake.toa_bpf, routing=bake.routing)
     _show(report.welcome(lab.up(Path(cluster), TOP / dir, memory, parts)))
 
 

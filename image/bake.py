@@ -213,6 +213,12 @@ def toa_bpf() -> Path:
     return package
 
 
+def routing() -> Path:
+    """A root file system with nothing but our routing daemons in it, built if need be."""
+    store = Line().store
+    return store.ensure(tools.unpacked("quagga", store)) / "root"
+
+
 def build(stages: Sequence[Stage]) -> None:
     """Build package stages and say where the results are."""
     if settings.current.dry_run:

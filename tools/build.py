@@ -335,6 +335,19 @@ def stage(tool: str, store: Store | None = None) -> Stage:
     return room(store).stage(tool)
 
 
+def unpacked(tool: str, store: Store | None = None) -> Stage:
+    """A tool's packages as they lie in a root file system: `root/`. For what runs a program of them without rpm."""
+    made = room(store)
+    package, root = made.stage(tool), made.root.stage()
+
+    def unpack(out: Path) -> None:
+        box = Sandbox(made.store.path(root) / "root")
+        for file in packages(made.store.path(package)):
+            rpm.unpack(box, file, out / "root")
+
+    return Stage(f"unpacked-{tool}", {"rev": 1}, unpack, [package, root], title=f"unpacking {tool}")
+
+
 def all_stages(store: Store | None = None) -> list[Stage]:
     """Every tool's stage."""
     return room(store).all_stages()

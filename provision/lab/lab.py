@@ -165,6 +165,8 @@ class Lab:
             (folder / "etc" / name).write_text(text, encoding="utf-8")
             (folder / "etc" / name).chmod(0o644)
         binds = {folder / "etc": "/etc/frr"} if files else {}
+        if node.name == ROUTER and self.state.routing:
+            binds |= router.ours(Path(self.state.routing))
         made = self._hold(node.name, folder / "log", {**binds, self.folder / "sshd": "/etc/ssh"})
         self._write_ssh_config()
         switch = self.space(SWITCH)
@@ -407,10 +409,12 @@ class Parts:
     Attributes:
         image: finds the golden image of a role.
         toa_bpf: finds the package toa-bpf.
+        routing: finds a root file system with our routing daemons.
     """
 
     image: Callable[[str], Path]
     toa_bpf: Callable[[], Path]
+    routing: Callable[[], Path]
 
 
 def up(source: Path, folder: Path, memory: int, parts: Parts) -> Lab:
@@ -441,10 +445,11 @@ def up(source: Path, folder: Path, memory: int, parts: Parts) -> Lab:
         _judge_memory(len(hosts), memory, found, _available())
         images = {role: str(parts.image(role)) for role in _roles(topology)}
         where = tree(Store(), root(Store()))
+        routing = str(parts.routing()) if router.needs_ours(cluster) else ""
         if left is not None:
             _keep_edits(folder)
             _forget(left)
-        written = State(folder, str(source), memory, root=str(where), images=images, scale=found.scale)
+        written = State(folder, str(source), memory, root=str(where), routing=routing, images=images, scale=found.scale)
         lab = prepare(source, folder, written)
         try:
             _boot(lab, parts)

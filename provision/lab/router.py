@@ -1,8 +1,13 @@
-"""The uplink router: Debian's own FRR, the border between the area that directors are in and the clients' network."""
+"""The uplink router: Debian's own FRR, the border between the area that directors are in and the clients' network.
+
+But for ospf6d, which is ours: Debian 12's, of FRR 8.4.4, goes on sending to the director that was the first to announce
+an IPv6 VIP after that one has withdrawn it (FRRouting's issue 13579; tools/quagga has a patch).
+"""
 
 from __future__ import annotations
 
 from ipaddress import ip_interface
+from pathlib import Path
 
 from provision.lab.topology import CLIENTS, ROUTER, Link, Topology
 from provision.model import Cluster, Ospf
@@ -21,6 +26,17 @@ SYSCTL = (
 )
 
 
+def needs_ours(cluster: Cluster) -> bool:
+    """Whether the router has an ospf6d."""
+    return cluster.mode == "ospf" and any(prefix.version == 6 for prefix in cluster.vip_prefixes)
+
+
+def ours(root: Path) -> dict[Path, str]:
+    """Where the router finds our ospf6d, and its library: beside Debian's, which has another folder."""
+    files = {"usr/sbin/ospf6d": "/usr/lib/frr/ospf6d", "usr/lib/frr/libfrr.so.0": "/usr/lib/frr/libfrr.so.0"}
+    return {root / name: target for name, target in files.items()}
+
+
 def configuration(topology: Topology, cluster: Cluster) -> dict[str, str]:
     """The daemons' files below /etc/frr, by name; none in mode vrrp, where the router learns nothing.
 
@@ -36,7 +52,7 @@ def configuration(topology: Topology, cluster: Cluster) -> dict[str, str]:
     head = f"hostname {ROUTER}\nlog file /run/frr/log\n"
     files = {"vtysh.conf": "", "zebra.conf": head}
     files["ospfd.conf"] = head + _ospfd(topology, uplinks, ospf, identity, outside)
-    if any(prefix.version == 6 for prefix in cluster.vip_prefixes):
+    if needs_ours(cluster):
         files["ospf6d.conf"] = head + _ospf6d(uplinks, ospf, identity, outside)
     return files
 

@@ -73,6 +73,7 @@ class State:
         processes: by name of the node, `switch` for the links.
         inner: of a namespace's process, the id of the one inside.
         scale: of deadlines, as it was before its machines ran; 0 where nobody has asked.
+        routing: a root with our routing daemons, of which the router takes one; "" where it needs none.
     """
 
     folder: Path
@@ -84,6 +85,7 @@ class State:
     processes: dict[str, Running] = field(default_factory=dict)
     inner: dict[str, int] = field(default_factory=dict)
     scale: float = 0.0
+    routing: str = ""
 
     @property
     def path(self) -> Path:

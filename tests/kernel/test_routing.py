@@ -54,18 +54,18 @@ router ospf
 """
 OSPF6D = f"/usr/sbin/ospf6d -d -f {ETC}/ospf6d.conf"
 PEER_LOG = f"{PEER_RUN}/ospf6d.log"
-_OSPF6 = """hostname {name}
-interface eth0
+_UPLINK6 = """interface {nic}
  ipv6 ospf6 area {area}
  ipv6 ospf6 hello-interval 3
  ipv6 ospf6 dead-interval 12
+"""
+_OSPF6 = """hostname {name}
 interface lo
  ipv6 ospf6 area {area}
 router ospf6
  ospf6 router-id {router_id}
 """
 DIRECTOR_OSPF6 = _OSPF6.format(name="director", area=AREA, router_id=DIRECTOR)
-PEER_OSPF6 = _OSPF6.format(name="peer", area=AREA, router_id=PEER) + f"log file {PEER_LOG}\ndebug ospf6 flooding\n"
 # RFC 2328 A.3
 HELLO, UPDATE, ROUTER_LSA, CRYPTOGRAPHIC, EXTERNAL_BIT = 1, 4, 1, 2, 0x02
 STANDING = 20.0  # seconds within which what OSPF retransmits must have come; two of its intervals and more
@@ -232,18 +232,25 @@ class Routers:
         self.type(OSPFD)
         self.wait(self.full, "the adjacency")
 
-    def connect6(self) -> None:
-        """Start what speaks OSPF for IPv6, and wait for the adjacency."""
-        self.guest.run("install", "-d", "-o", "frr", "-g", "frr", PEER_RUN)
-        self.configure("ospf6d.conf", DIRECTOR_OSPF6)
-        for daemon, text in (("zebra", PEER_ZEBRA), ("ospf6d", PEER_OSPF6)):
-            self.guest.write(f"/tmp/peer-{daemon}.conf", text)  # noqa: S108  the guest's
-            words = ("-d", "-N", "peer", "-P", "0", "-f", f"/tmp/peer-{daemon}.conf")  # noqa: S108
-            self.peer.run(f"/usr/lib/frr/{daemon}", *words, seconds=10)
+    def connect6(self, *others: Namespace) -> None:
+        """Start OSPF for IPv6, and wait for adjacencies: with the peer, and with others on links of their own."""
+        text = DIRECTOR_OSPF6
+        for number, place in enumerate((self.peer, *others)):
+            run = f"/run/frr/{place.name}"
+            self.guest.run("install", "-d", "-o", "frr", "-g", "frr", run)
+            own = _OSPF6.format(name=place.name, area=AREA, router_id=f"192.168.{number}.13")
+            own += _UPLINK6.format(nic="eth0", area=AREA) + f"log file {run}/ospf6d.log\ndebug ospf6 flooding\n"
+            for daemon, lines in (("zebra", f"hostname {place.name}\n"), ("ospf6d", own)):
+                self.guest.write(f"{run}/{daemon}.conf", lines)
+                words = ("-d", "-N", place.name, "-P", "0", "-f", f"{run}/{daemon}.conf")
+                place.run(f"/usr/lib/frr/{daemon}", *words, seconds=10)
+            text += _UPLINK6.format(nic=f"eth{number}", area=AREA)
+        self.configure("ospf6d.conf", text)
         self.type(ZEBRA)
         self.type(OSPF6D)
+        full = 1 + len(others)
         self.wait(lambda: "Full/" in self.ask("show ipv6 ospf6 neighbor", peer=True), "the adjacency")
-        self.wait(lambda: "Full/" in self.ask("show ipv6 ospf6 neighbor"), "the adjacency")
+        self.wait(lambda: self.ask("show ipv6 ospf6 neighbor").count("Full/") == full, "the adjacencies")
 
     def learnt(self, where: Namespace, family: int = 4) -> dict[str, str]:
         """The routes that OSPF put into a kernel: gateways by destination."""
@@ -257,7 +264,7 @@ class Routers:
 
     def pids(self) -> dict[str, str]:
         """Process ids by the names of their files."""
-        script = f"for f in /run/frr/*.pid {PEER_RUN}/*.pid; do [ ! -e $f ] || echo $f $(cat $f); done"
+        script = "for f in /run/frr/*.pid /run/frr/*/*.pid; do [ ! -e $f ] || echo $f $(cat $f); done"
         return dict(line.split() for line in self.guest.run("sh", "-c", script).out.splitlines())
 
     def end(self) -> None:
@@ -393,6 +400,31 @@ def test_virtual_addresses_of_ipv6_are_announced_while_they_are_bound(routers: R
     # Fewer need fewer announcements: the last ones go.
     routers.bind(*every[40:139], command="del")
     announced(every[:40])
+
+
+def test_a_router_that_withdraws_a_prefix_is_taken_out_of_its_route(lab: Lab, routers: Routers) -> None:
+    """Also the first one that has announced it."""
+    second, vip = lab.namespace("second"), "2001:db8:ffff::1"
+    routers.director.ip(f"link add eth1 type veth peer name eth0 netns {second.handle}", "link set eth1 up")
+    second.ip("link set eth0 up")
+    routers.connect6(second)
+
+    def leads_to(*devices: str) -> None:
+        def ways() -> list[str]:
+            rows = json.loads(routers.director.run("ip", "-6", "-j", "route", "show", "proto", "ospf").out or "[]")
+            return sorted(hop["dev"] for row in rows if row["dst"] == vip for hop in row.get("nexthops", [row]))
+
+        routers.wait(lambda: ways() == sorted(devices), f"a route by {devices or 'nothing'}", STANDING)
+
+    for first, last, other in ((routers.peer, second, "eth1"), (second, routers.peer, "eth0")):
+        leads_to()
+        first.ip(f"addr add {vip}/128 dev lo")
+        leads_to("eth0" if other == "eth1" else "eth1")
+        last.ip(f"addr add {vip}/128 dev lo")
+        leads_to("eth0", "eth1")
+        first.ip(f"addr del {vip}/128 dev lo")
+        leads_to(other)
+        last.ip(f"addr del {vip}/128 dev lo")
 
 
 def test_packets_for_a_withdrawn_address_do_not_come_back(lab: Lab, routers: Routers) -> None:

@@ -17,7 +17,7 @@ from tests.conftest import Recorder
 from tests.unit.test_lab import ENDED, US
 from tests.unit.test_lab_topology import EXAMPLES
 
-PARTS = labs.Parts(image=lambda role: Path(role), toa_bpf=Path)
+PARTS = labs.Parts(image=lambda role: Path(role), toa_bpf=Path, routing=Path)
 
 
 def test_only_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
