@@ -166,7 +166,7 @@ class Lab:
             (folder / "etc" / name).chmod(0o644)
         binds = {folder / "etc": "/etc/frr"} if files else {}
         if node.name == ROUTER and self.state.routing:
-            binds |= router.ours(Path(self.state.routing))
+            binds[Path(self.state.routing)] = router.OURS
         made = self._hold(node.name, folder / "log", {**binds, self.folder / "sshd": "/etc/ssh"})
         self._write_ssh_config()
         switch = self.space(SWITCH)

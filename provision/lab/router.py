@@ -7,13 +7,13 @@ an IPv6 VIP after that one has withdrawn it (FRRouting's issue 13579; tools/quag
 from __future__ import annotations
 
 from ipaddress import ip_interface
-from pathlib import Path
 
 from provision.lab.topology import CLIENTS, ROUTER, Link, Topology
 from provision.model import Cluster, Ospf
 
 _BACKBONE = "0.0.0.0"  # noqa: S104  OSPF's area, no address
 DAEMONS = ("zebra", "ospfd", "ospf6d")
+OURS = "/mnt"  # where the router finds a root file system with our routing daemons
 # Each connection takes its own way, by addresses, protocol and ports (the kernel's fields 1, 2, 4, 16 and 32), as the
 # router of a balancers' cluster is told to. Policy 1 is the same on the wire only: from a client on this machine it
 # takes the socket's hash instead, which is another one for each SYN that is sent again, so that lost ones would find a
@@ -29,12 +29,6 @@ SYSCTL = (
 def needs_ours(cluster: Cluster) -> bool:
     """Whether the router has an ospf6d."""
     return cluster.mode == "ospf" and any(prefix.version == 6 for prefix in cluster.vip_prefixes)
-
-
-def ours(root: Path) -> dict[Path, str]:
-    """Where the router finds our ospf6d, and its library: beside Debian's, which has another folder."""
-    files = {"usr/sbin/ospf6d": "/usr/lib/frr/ospf6d", "usr/lib/frr/libfrr.so.0": "/usr/lib/frr/libfrr.so.0"}
-    return {root / name: target for name, target in files.items()}
 
 
 def configuration(topology: Topology, cluster: Cluster) -> dict[str, str]:
@@ -106,7 +100,10 @@ def start_script() -> str:
     """What starts the daemons that have a configuration, in the router's namespaces."""
     lines = ["install -d -o frr -g frr /run/frr"]
     for daemon in DAEMONS:
-        lines.append(f"[ ! -e /etc/frr/{daemon}.conf ] || /usr/lib/frr/{daemon} -d -f /etc/frr/{daemon}.conf")
+        program = f"/usr/lib/frr/{daemon}"
+        if daemon == "ospf6d":
+            program = f"LD_LIBRARY_PATH={OURS}/usr/lib/frr {OURS}/usr/sbin/{daemon}"
+        lines.append(f"[ ! -e /etc/frr/{daemon}.conf ] || {program} -d -f /etc/frr/{daemon}.conf")
     return "\n".join(lines) + "\n"
 
 
