@@ -31,7 +31,7 @@ from tools import build as tools
 pytestmark = [pytest.mark.build, pytest.mark.guest]
 
 MANUAL = settings.TOP / "provision/examples/manual/ospf/etc/quagga"
-ROUTES = settings.TOP / "tests/cases/render/minimal/expected/lvs-1/rootfs/etc/lvs/vips.routes"
+RENDERED = settings.TOP / "tests/cases/render/minimal/expected/lvs-1/rootfs/etc"
 ETC = "/etc/quagga"
 ZEBRA, OSPFD = f"/usr/sbin/zebra -d -f {ETC}/zebra.conf", f"/usr/sbin/ospfd -d -f {ETC}/ospf.conf"  # as it is typed
 LOGS = {"zebra": "/var/log/zebra.log", "ospfd": "/var/log/ospf.log"}
@@ -59,13 +59,11 @@ _UPLINK6 = """interface {nic}
  ipv6 ospf6 hello-interval 3
  ipv6 ospf6 dead-interval 12
 """
-_OSPF6 = """hostname {name}
-interface lo
+_OSPF6 = """interface lo
  ipv6 ospf6 area {area}
 router ospf6
  ospf6 router-id {router_id}
 """
-DIRECTOR_OSPF6 = _OSPF6.format(name="director", area=AREA, router_id=DIRECTOR)
 # RFC 2328 A.3
 HELLO, UPDATE, ROUTER_LSA, CRYPTOGRAPHIC, EXTERNAL_BIT = 1, 4, 1, 2, 0x02
 STANDING = 20.0  # seconds within which what OSPF retransmits must have come; two of its intervals and more
@@ -234,18 +232,18 @@ class Routers:
 
     def connect6(self, *others: Namespace) -> None:
         """Start OSPF for IPv6, and wait for adjacencies: with the peer, and with others on links of their own."""
-        text = DIRECTOR_OSPF6
+        director = "hostname director\n"
         for number, place in enumerate((self.peer, *others)):
             run = f"/run/frr/{place.name}"
             self.guest.run("install", "-d", "-o", "frr", "-g", "frr", run)
-            own = _OSPF6.format(name=place.name, area=AREA, router_id=f"192.168.{number}.13")
-            own += _UPLINK6.format(nic="eth0", area=AREA) + f"log file {run}/ospf6d.log\ndebug ospf6 flooding\n"
+            own = f"hostname {place.name}\nlog file {run}/ospf6d.log\ndebug ospf6 flooding\n"
+            own += _UPLINK6.format(nic="eth0", area=AREA) + _OSPF6.format(area=AREA, router_id=f"192.168.{number}.13")
             for daemon, lines in (("zebra", f"hostname {place.name}\n"), ("ospf6d", own)):
                 self.guest.write(f"{run}/{daemon}.conf", lines)
                 words = ("-d", "-N", place.name, "-P", "0", "-f", f"{run}/{daemon}.conf")
                 place.run(f"/usr/lib/frr/{daemon}", *words, seconds=10)
-            text += _UPLINK6.format(nic=f"eth{number}", area=AREA)
-        self.configure("ospf6d.conf", text)
+            director += _UPLINK6.format(nic=f"eth{number}", area=AREA)
+        self.configure("ospf6d.conf", director + _OSPF6.format(area=AREA, router_id=DIRECTOR))
         self.type(ZEBRA)
         self.type(OSPF6D)
         full = 1 + len(others)
@@ -428,7 +426,9 @@ def test_a_router_that_withdraws_a_prefix_is_taken_out_of_its_route(lab: Lab, ro
 
 
 def test_packets_for_a_withdrawn_address_do_not_come_back(lab: Lab, routers: Routers) -> None:
-    """From a router that has not yet heard, and never does here, with the routes of `/etc/lvs/vips.routes`."""
+    """From a router that has not yet heard, and never does here, with what `render` makes of a cluster file."""
+    zebra = (RENDERED / "quagga/zebra.conf").read_text(encoding="utf-8")
+    routers.configure("zebra.conf", zebra)
     routers.connect()
     for place in (routers.director, routers.peer):
         place.run("sysctl", "-q", "net.ipv4.ip_forward=1")
@@ -446,7 +446,11 @@ def test_packets_for_a_withdrawn_address_do_not_come_back(lab: Lab, routers: Rou
         return client.run("ping", "-c", "1", "-W", "5", vip, seconds=15, check=False).out
 
     assert "exceeded" in answer(), "nothing comes back, whatever the routes do"
-    (route,) = (line for line in ROUTES.read_text(encoding="utf-8").splitlines() if "203.0.113.1 " in line)
+    (route,) = (
+        line
+        for line in (RENDERED / "lvs/vips.routes").read_text(encoding="utf-8").splitlines()
+        if "203.0.113.1 " in line
+    )
     routers.guest.write("/tmp/vips.routes", route.replace("203.0.113.1", vip))  # noqa: S108  the guest's
     routers.director.run("ip", "-batch", "/tmp/vips.routes")  # noqa: S108
     assert "0 received" in answer()
@@ -454,7 +458,10 @@ def test_packets_for_a_withdrawn_address_do_not_come_back(lab: Lab, routers: Rou
     # here
     routers.bind(vip)
     assert "1 received" in answer()
+    shown = f"show ip ospf database router {DIRECTOR}"
+    routers.wait(lambda: vip in routers.ask(shown, peer=True), "the announcement", STANDING)
     routers.bind(vip, command="del")
+    # OSPF still has a way there, by lo, which zebra is told not to take.
     assert "exceeded" not in answer()
     # on another director
     routers.peer.ip(f"addr add {vip}/32 dev lo")
