@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from pipeline.errors import BuildError
@@ -25,6 +27,12 @@ from provision.remote import Answer, Remote, braced
 from tests.unit.clusters import OSPF
 
 IMAGE = Path(__file__).parents[2] / "image/common/rootfs"
+
+# What a test has whose hosts are here.
+IN_ROOTS = [
+    pytest.mark.runs("bwrap", "unshare"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="mounts an overlay over /usr, which only root may"),
+]
 
 # Says how it was called; fails when the test says so; the timer is a file.
 FAKE = """#!/bin/sh

@@ -24,12 +24,9 @@ from provision.host import Host
 from provision.model import Cluster
 from provision.remote import Remote, Shell, braced
 from tests.unit.clusters import OSPF, VRRP
-from tests.unit.roots import FLUSH, Lab, LabRemote, acts, cluster_of, folder_of, sick, well
+from tests.unit.roots import FLUSH, IN_ROOTS, Lab, LabRemote, acts, cluster_of, folder_of, sick, well
 
-pytestmark = [
-    pytest.mark.runs("bwrap", "unshare"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="mounts an overlay over /usr, which only root may"),
-]
+pytestmark = IN_ROOTS
 
 
 @pytest.fixture

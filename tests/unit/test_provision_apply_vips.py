@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import re
 from pathlib import Path
 
@@ -15,12 +14,9 @@ from provision import apply as applying
 from provision.host import File
 from provision.model import Cluster
 from tests.unit.clusters import OSPF, VRRP
-from tests.unit.roots import FLUSH, LOAD, VIP_ROUTES, Lab, acts, cluster_of, folder_of, sick, well
+from tests.unit.roots import FLUSH, IN_ROOTS, LOAD, VIP_ROUTES, Lab, acts, cluster_of, folder_of, sick, well
 
-pytestmark = [
-    pytest.mark.runs("bwrap", "unshare"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="mounts an overlay over /usr, which only root may"),
-]
+pytestmark = IN_ROOTS
 
 
 @pytest.fixture
