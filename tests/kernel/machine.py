@@ -120,13 +120,20 @@ class Guest:
             answer = json.loads(self._exactly(length), object_hook=_unpack)
         except (OSError, EOFError) as error:
             self.alive = False
-            tail = "\n".join(self.machine.console_tail(60))
-            raise Failed(
-                f"the machine no longer answers ({operation}: {error or type(error).__name__})\n{tail}"
-            ) from None
+            how = f"{operation}: {error or type(error).__name__}"
+            tail = "\n".join([*self._death(), *self.machine.console_tail(60)])
+            raise Failed(f"the machine no longer answers ({how})\n{tail}") from None
         if "error" in answer:
             raise Failed(f"{operation} {arguments}: {answer['error']}")
         return answer["value"]
+
+    def _death(self) -> list[str]:
+        """How its process ended, where no panic of the guest's kernel explains that."""
+        try:
+            status = self.machine.process.wait(2.0)  # its sockets are closed a moment before
+        except BuildError:
+            return []
+        return [run.describe(["its process"], status)] if status else []
 
     def _exactly(self, count: int) -> bytes:
         data = bytearray()
@@ -394,11 +401,12 @@ def booted(kernel: develop.Built, work: Path, store: Store, *, may_keep: bool = 
             guest.close()
 
 
-def _mounts(share: Callable[[str, str], str]) -> str:
+def _mounts(share: Callable[[str, str], str], *more: str) -> str:
     """What /bin/sh does before the agent starts.
 
     Args:
         share: the command that mounts a share's tag at a place.
+        more: commands that need /sys.
     """
     return "; ".join(
         [
@@ -418,6 +426,7 @@ def _mounts(share: Callable[[str, str], str]) -> str:
             share("inside", "inside"),
             share("kernel", "kernel"),
             "mount --bind kernel/lib/modules usr/lib/modules",
+            *more,
             "exec chroot . python3 /inside/agent.py",
         ]
     )
@@ -440,10 +449,19 @@ def _words(kernel: develop.Built) -> list[str]:
 def _emulated(
     kernel: develop.Built, work: Path, store: Store, shares: Sequence[Share], may_keep: bool
 ) -> Iterator[Guest]:
-    mounts = _mounts(lambda tag, place: f"mount -t 9p -o {_9P},ro {tag} {place}")
     accelerator = Accelerator.probe(store.root)
-    # Programs may need cmpxchg16b (haproxy dies without it), but the kernel must not use it there: see pipeline.vm.
-    cpu, hidden = ("qemu64", ["clearcpuid=cx16"]) if accelerator.name == "tcg" else (None, [])
+    cpu: str | None = None
+    hidden: list[str] = []
+    late: list[str] = []
+    if accelerator.name == "tcg":
+        # Programs may need cmpxchg16b (haproxy dies without it), but the kernel must not use it there: see pipeline.vm.
+        cpu, hidden = "qemu64", ["clearcpuid=cx16"]
+        # QEMU before 8.1.1 dies (memory_region_dispatch_write, of no region) when one CPU moves a PCI device's
+        # registers while another one, which has not flushed its TLB yet, writes to its APIC: so the others come when
+        # the devices have their places.
+        hidden.append("maxcpus=1")
+        late.append("echo 1 | tee sys/devices/system/cpu/cpu[1-9]*/online >/dev/null")
+    mounts = _mounts(lambda tag, place: f"mount -t 9p -o {_9P},ro {tag} {place}", *late)
     words = [
         f"console=ttyS0 panic=-1 root=/dev/root rootfstype=9p ro rootflags={_9P}",
         # Under emulation a page-table switch at every system call costs more than anything that is measured here.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import select
+import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +223,19 @@ def test_a_dead_machine_says_what_killed_it(machines: Machines, tmp_path: Path) 
             guest.run(*crash)
         with pytest.raises(Failed, match="the machine is gone"):
             guest.ask("hello")
+
+
+def test_a_dead_process_says_what_killed_it(machines: Machines, tmp_path: Path) -> None:
+    """So that a crash of the emulator is not looked for in the guest's kernel."""
+    with machine.booted(machines.kernel, tmp_path, Store()) as guest:
+        os.kill(guest.machine.process.pid, signal.SIGKILL)
+        with pytest.raises(Failed, match=r"no longer answers \(hello.*\n.*its process was killed by SIGKILL"):
+            guest.ask("hello")
+
+
+def test_every_cpu_is_used(guest: Guest) -> None:
+    """An emulated machine starts its kernel with one."""
+    assert guest.read("/sys/devices/system/cpu/online") == guest.read("/sys/devices/system/cpu/possible")
 
 
 def test_a_kept_machine_has_a_shell(machines: Machines, tmp_path: Path) -> None:
