@@ -164,7 +164,7 @@ def remove_real_server(path: Path, service: str, address: str, port: int, option
         if settings.current.dry_run:
             return
         if not options.apply and first:
-            progress.note("when it has no connections any more (ipvsadm -Ln): the same command again removes it")
+            progress.note("when it has no connections any more (ipvsadm -Lnc): the same command again removes it")
             return
         if options.apply:
             with progress.step(f"waiting for the connections of {address}"):
