@@ -425,6 +425,24 @@ def test_a_router_that_withdraws_a_prefix_is_taken_out_of_its_route(lab: Lab, ro
         last.ip(f"addr del {vip}/128 dev lo")
 
 
+def test_what_a_crash_leaves_with_neighbours_is_replaced(routers: Routers) -> None:
+    """What the director has announced before is withdrawn, however short the time since it announced itself anew."""
+    routers.connect6()
+    gone, kept = "2001:db8:ffff::1", "2001:db8:ffff::2"
+
+    def announced(*addresses: str) -> None:
+        routers.wait(lambda: set(routers.learnt(routers.peer, 6)) == set(addresses), f"{addresses}", STANDING)
+
+    routers.bind(gone, kept)
+    announced(gone, kept)
+    routers.guest.run("kill", "-KILL", routers.pids()["/run/frr/ospf6d.pid"])
+    routers.bind(gone, command="del")
+    # The time in which it takes no other instance of an LSA: one second if not said.
+    routers.configure("ospf6d.conf", routers.guest.read(f"{ETC}/ospf6d.conf") + " timers lsa min-arrival 600000\n")
+    routers.type(OSPF6D)
+    announced(kept)
+
+
 def test_packets_for_a_withdrawn_address_do_not_come_back(lab: Lab, routers: Routers) -> None:
     """From a router that has not yet heard, and never does here, with what `render` makes of a cluster file."""
     zebra = (RENDERED / "quagga/zebra.conf").read_text(encoding="utf-8")
