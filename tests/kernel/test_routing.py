@@ -15,7 +15,7 @@ import json
 import re
 import statistics
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -425,22 +425,56 @@ def test_a_router_that_withdraws_a_prefix_is_taken_out_of_its_route(lab: Lab, ro
         last.ip(f"addr del {vip}/128 dev lo")
 
 
-def test_what_a_crash_leaves_with_neighbours_is_replaced(routers: Routers) -> None:
-    """What the director has announced before is withdrawn, however short the time since it announced itself anew."""
-    routers.connect6()
-    gone, kept = "2001:db8:ffff::1", "2001:db8:ffff::2"
+def _crashes(routers: Routers, daemon: str, family: int, gone: str, kept: str) -> Callable[[], None]:
+    """A director's daemon dies, and an address goes before it comes back; returns what says that its peer knows."""
 
     def announced(*addresses: str) -> None:
-        routers.wait(lambda: set(routers.learnt(routers.peer, 6)) == set(addresses), f"{addresses}", STANDING)
+        def found() -> bool:
+            return set(routers.learnt(routers.peer, family)) & {gone, kept} == set(addresses)
+
+        routers.wait(found, f"{addresses or 'nothing'} in the peer's kernel", STANDING)
+        routers.director.run("sleep", "2")  # routes come one after the other
+        assert found()
 
     routers.bind(gone, kept)
     announced(gone, kept)
-    routers.guest.run("kill", "-KILL", routers.pids()["/run/frr/ospf6d.pid"])
+    routers.guest.run("kill", "-KILL", routers.pids()[f"/run/frr/{daemon}.pid"])
     routers.bind(gone, command="del")
-    # The time in which it takes no other instance of an LSA: one second if not said.
-    routers.configure("ospf6d.conf", routers.guest.read(f"{ETC}/ospf6d.conf") + " timers lsa min-arrival 600000\n")
+    announced()  # after the dead interval
+    return lambda: announced(kept)
+
+
+def test_what_a_crash_leaves_with_neighbours_is_replaced(routers: Routers) -> None:
+    """The router-LSA of before, however short ago the director has made its own."""
+    routers.connect()
+    (gone, kept), other = VIPS, "1.1.1.3"
+    known = _crashes(routers, "ospfd", 4, gone, kept)
+    peer = routers.pids()[f"{PEER_RUN}/ospfd.pid"]
+    routers.guest.run("kill", "-STOP", peer)
+    routers.type(OSPFD)
+    routers.director.run("sleep", "2")
+    routers.bind(other)
+    own = "show ip ospf database router self-originate"
+    routers.wait(lambda: other in routers.ask(own), "its second instance", STANDING)
+    arrival = "timers lsa min-arrival"
+    routers.ask("configure terminal", "router ospf", f"{arrival} 600000", "end")  # milliseconds
+    routers.guest.run("kill", "-CONT", peer)
+    routers.wait(routers.full, "the adjacency")
+    shown = f"show ip ospf database router {DIRECTOR}"
+    routers.wait(lambda: gone not in routers.ask(shown, peer=True), "another than the one of before", STANDING)
+    routers.ask("configure terminal", "router ospf", f"{arrival} 1000", "end")
+    routers.bind(other, command="del")
+    known()
+
+
+def test_what_a_crash_leaves_with_neighbours_of_ipv6_is_replaced(routers: Routers) -> None:
+    """The prefixes of before, however short ago the director has announced its own."""
+    routers.connect6()
+    known = _crashes(routers, "ospf6d", 6, "2001:db8:ffff::1", "2001:db8:ffff::2")
+    more = " timers lsa min-arrival 600000\n"  # milliseconds
+    routers.configure("ospf6d.conf", routers.guest.read(f"{ETC}/ospf6d.conf") + more)
     routers.type(OSPF6D)
-    announced(kept)
+    known()
 
 
 def test_packets_for_a_withdrawn_address_do_not_come_back(lab: Lab, routers: Routers) -> None:
