@@ -451,15 +451,15 @@ def _emulated(
 ) -> Iterator[Guest]:
     accelerator = Accelerator.probe(store.root)
     cpu: str | None = None
-    hidden: list[str] = []
+    emulated: list[str] = []
     late: list[str] = []
     if accelerator.name == "tcg":
         # Programs may need cmpxchg16b (haproxy dies without it), but the kernel must not use it there: see pipeline.vm.
-        cpu, hidden = "qemu64", ["clearcpuid=cx16"]
+        cpu, emulated = "qemu64", ["clearcpuid=cx16"]
         # QEMU before 8.1.1 dies (memory_region_dispatch_write, of no region) when one CPU moves a PCI device's
         # registers while another one, which has not flushed its TLB yet, writes to its APIC: so the others come when
         # the devices have their places.
-        hidden.append("maxcpus=1")
+        emulated.append("maxcpus=1")
         late.append("echo 1 | tee sys/devices/system/cpu/cpu[1-9]*/online >/dev/null")
     mounts = _mounts(lambda tag, place: f"mount -t 9p -o {_9P},ro {tag} {place}", *late)
     words = [
@@ -469,7 +469,7 @@ def _emulated(
         # A host that has other work at that moment makes the emulated timer look broken, and the kernel panics.
         "no_timer_check",
         *_words(kernel),
-        *hidden,
+        *emulated,
         f'init=/bin/sh -- -ec "{mounts}"',
     ]
     with run.temporary_directory("lvsforge-guest-") as sockets, contextlib.ExitStack() as stack:
