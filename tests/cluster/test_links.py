@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from image import bake
 from pipeline import qmp, run, settings, vm
 from pipeline.debroot import tree
 from pipeline.store import Store
@@ -34,7 +35,8 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("links") / "lab"
     source = settings.TOP / f"provision/examples/lab-{request.param}.yaml"
     root = str(tree(Store(), labs.root(Store())))
-    found = labs.prepare(source, folder, State(folder, str(source), 512, root=root))
+    written = State(folder, str(source), 512, root=root, routing=str(bake.routing()))
+    found = labs.prepare(source, folder, written)
     try:
         found.start_links()
         yield found
