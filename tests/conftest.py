@@ -176,9 +176,13 @@ def find_program(name: str) -> str | None:
     return shutil.which(name, path=f"{VENV_BIN}:{run.environment()['PATH']}")
 
 
-def _refuse_swallowed() -> None:
+def _refuse_swallowed() -> Generator[None, Any, Any]:
+    """One phase of a test: what is refused in it must come out of it."""
+    GUARD.violations = []
+    result = yield
     if GUARD.violations:
         raise GUARD.violations[0]
+    return result
 
 
 @pytest.hookimpl(wrapper=True)
@@ -186,7 +190,6 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     """Arm the guard for everything that belongs to a test, its fixtures included."""
     GUARD.active = not is_integration(item)
     GUARD.programs = frozenset(programs_of(item))
-    GUARD.violations = []
     GUARD.sockets = "no"
     if item.get_closest_marker("network_local"):
         GUARD.sockets = "local"
@@ -207,17 +210,19 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, Any, Any]:
         if on_ci():
             pytest.fail(f"{text}; with CI=true nothing may be left out", pytrace=False)
         pytest.skip(text)
-    result = yield
-    _refuse_swallowed()
-    return result
+    return (yield from _refuse_swallowed())
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """Fail a test that swallowed a refusal."""
-    result = yield
-    _refuse_swallowed()
-    return result
+    return (yield from _refuse_swallowed())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Fail a test whose fixtures swallowed one when they ended."""
+    return (yield from _refuse_swallowed())
 
 
 def on_ci() -> bool:

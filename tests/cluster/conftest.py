@@ -225,8 +225,14 @@ class Cluster:
         others = set(self.directors) - {name}
         if self.mode == "ospf":
             return all(self.ways(vip) == others for vip, _ in self.targets())
-        vip = self.targets()[0][0]
-        return any(self.lab.ask(other, f"ip -o address show to {vip}") for other in others)
+        process = self.lab.state.processes.get(name)
+        has = self.vips(name) if process is not None and process.alive else set()
+        return not has and {vip for vip, _ in self.targets()} <= set().union(*map(self.vips, others))
+
+    def vips(self, name: str) -> set[str]:
+        """The VIPs that are a director's addresses."""
+        rows = self.lab.ask(name, "ip -o address show").splitlines()
+        return {row.split()[3].split("/")[0] for row in rows} & {vip for vip, _ in self.targets()}
 
 
 # --- the labs

@@ -28,56 +28,13 @@ from provision.lab import machines
 from provision.lab.lab import Lab
 from tests.cluster import oracle
 from tests.cluster.conftest import Cluster, Target, logged
+from tests.cluster.limits import allowed, check_seconds, return_seconds, slack, starting, takeover_seconds
 from tests.cluster.traffic import CLIENTS, TIMEOUT, Request, Traffic, failed, not_moved
 
 pytestmark = [pytest.mark.build, pytest.mark.long]
 
-# What this side needs to see something that has happened there: an answer over ssh from an emulated machine, under KVM.
-SEEING = 0.75
-
-
 OSPF_ONLY = pytest.mark.parametrize("cluster", ["ospf"], indirect=True, scope="session")
 VRRP_ONLY = pytest.mark.parametrize("cluster", ["vrrp"], indirect=True, scope="session")
-
-
-def slack(cluster: Cluster) -> float:
-    """Seconds that a limit of the protocols is exceeded by because machines are emulated and asked over ssh."""
-    return cluster.lab.seconds(SEEING)
-
-
-def allowed(cluster: Cluster, limit: float) -> str:
-    """A limit of the protocols in seconds, and what a story allows beyond, for the table."""
-    return f"{limit:.3g} + {slack(cluster):.3g}"
-
-
-def check_seconds(cluster: Cluster, name: str) -> float:
-    """How long a service's health check may take to find a real server dead: a round, and every try's time-out."""
-    service = next(each for each in cluster.data["services"] if each["name"] == name)
-    (check,) = service["check"].values()
-    retries = check["retries"]
-    return float(
-        service["delay_loop"] + (retries + 1) * check["connect_timeout"] + retries * check["delay_before_retry"]
-    )
-
-
-def takeover_seconds(cluster: Cluster) -> float:
-    """How long the others may take to find a director dead, by the protocol that tells them."""
-    if cluster.mode == "ospf":
-        return float(cluster.data["ospf"]["dead_interval"])
-    instance = cluster.data["vrrp"]["instances"][0]
-    # RFC 3768, 6.1: three advertisements, and the skew of the one with the lowest priority
-    lowest = min(int(each["priority"]) for each in cluster.data["directors"])
-    return 3.0 * float(instance.get("advert_int", 1)) + (256 - lowest) / 256
-
-
-def return_seconds(cluster: Cluster) -> float:
-    """How long a director may take to have its traffic again, once nothing is broken."""
-    # Its health checks find real servers: a page after a round, and again after another, or after a failed one's pause.
-    checks = [(each["delay_loop"], *each["check"].values()) for each in cluster.data["services"]]
-    found = float(max(c["connect_timeout"] + max(loop, c["delay_before_retry"]) + loop for loop, c in checks))
-    if cluster.mode == "ospf":
-        return found + float(cluster.data["ospf"]["hello_interval"] + cluster.data["ospf"]["dead_interval"])
-    return found + 1 + takeover_seconds(cluster)
 
 
 def serving(cluster: Cluster) -> set[str]:
@@ -411,12 +368,13 @@ def _recovers(
     *,
     within: float = 0.0,
     boots: bool = False,
+    tell: Callable[[str], str] = lambda _: "",
 ) -> None:
     """New connections work again within a time, and go on to do so until all is whole and after.
 
     But for what is under way when a connection's path moves back to a director that does not know it. Without `mend`
-    what is broken comes back by itself. With it the victim has to be without traffic before; `boots`: and it takes as
-    long as that to come back.
+    what is broken comes back by itself, and `tell` says of the victim how. With it the victim has to be without traffic
+    before; `boots`: and it takes as long as that to come back.
     """
     name = _victim(cluster)
     limit = within or takeover_seconds(cluster)
@@ -440,9 +398,11 @@ def _recovers(
     bad = [each for each in failed(requests) if each.begun > end]
     since = [each for each in bad if each.begun >= back]
     may = return_seconds(cluster)
-    also = (
-        f"whole again after {whole:.1f} s{'' if boots else f' ({allowed(cluster, may)} may)'}, {len(since)} failed then"
-    )
+    if mend:
+        also = f"whole again after {whole:.1f} s{'' if boots else f' ({allowed(cluster, may)} may)'}"
+    else:  # it was, when anybody looked
+        also = tell(name)
+    also += f"{', ' * bool(also)}{len(since)} failed then"
     cluster.note("5 failures", event, requests, allowed(cluster, limit), also)
     assert without, f"{name} has traffic all the same"
     late = [each for each in bad if each.begun < back] + not_moved(since, [returned])
@@ -462,9 +422,20 @@ def _crashes(cluster: Cluster, daemon: str) -> None:
     lab, name = cluster.lab, _victim(cluster)
     leader = f"systemctl show -P MainPID {daemon}"
     before = lab.ask(name, leader)
-    _recovers(cluster, f"kill -9 {daemon}", lambda _: void(lab.ask(name, f"kill -9 {before}")))
+    may = takeover_seconds(cluster) + starting(cluster)
+
+    def away() -> float:
+        names = ("ActiveExitTimestampMonotonic", "ActiveEnterTimestampMonotonic")
+        left, entered = (int(lab.ask(name, f"systemctl show -P {each} {daemon}")) for each in names)
+        return (entered - left) / 1e6
+
+    def tell(_: str) -> str:
+        return f"it is back after {away():.1f} s ({may:.3g} may)"
+
+    _recovers(cluster, f"kill -9 {daemon}", lambda _: void(lab.ask(name, f"kill -9 {before}")), tell=tell)
     assert lab.ask(name, f"{leader}; systemctl is-active {daemon}").split()[1] == "active"
     assert lab.ask(name, leader) not in (before, "0")
+    assert 0 < away() <= may
 
 
 def test_keepalived_crashes(cluster: Cluster) -> None:

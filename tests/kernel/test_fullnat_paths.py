@@ -351,6 +351,8 @@ def test_a_datagram_without_checksum(site: Callable[..., Site], family: int) -> 
     if family == 4:
         seen = server.wire.expect(_is_udp, "the datagram")
         assert seen.segment[6:8] == b"\0\0"
+    else:
+        server.wire.silence(lambda p: _is_udp(p) and p.segment[6:8] != b"\0\0", "a datagram that became valid")
     client.send(packets.udp(ends, b"another"))
     seen = server.wire.expect(lambda p: _is_udp(p) and p.payload == b"another", "the second datagram")
     assert seen.segment[6:8] != b"\0\0"
@@ -459,3 +461,8 @@ def test_the_hop_count_is_lowered_once_each_way(site: Callable[..., Site], famil
     expired = client.wire.expect(lambda p: p.is_error, "time exceeded")
     assert expired.icmp[0] == (11 if family == 4 else 3)
     assert expired.quoted.ends == talk.outside
+    assert talk.to_client("A", seq=talk.there.seq, ack=talk.there.ack, ttl=20).ttl == 19
+    talk.answer("A", seq=talk.there.seq, ack=talk.there.ack, ttl=1)
+    expired = server.wire.expect(lambda p: p.is_error, "time exceeded, at the server")
+    assert expired.icmp[0] == (11 if family == 4 else 3)
+    assert expired.quoted.ends == talk.inside.back

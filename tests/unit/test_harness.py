@@ -109,6 +109,12 @@ def test_as_pytest_shows_it(tmp_path: Path) -> None:
         "    with contextlib.suppress(Exception):\n"
         "        run.run(['true'])\n"
         "def test_fixture(careless): pass\n"
+        "@pytest.fixture\n"
+        "def careless_at_its_end():\n"
+        "    yield\n"
+        "    with contextlib.suppress(Exception):\n"
+        "        run.run(['true'])\n"
+        "def test_end_of_fixture(careless_at_its_end): pass\n"
         "@pytest.mark.runs('no-such-program')\n"
         "def test_missing(): raise SystemError\n"
         "@pytest.mark.build\n"
@@ -133,6 +139,7 @@ def test_as_pytest_shows_it(tmp_path: Path) -> None:
         assert outcomes == {
             "test_swallowed": "FAILED",
             "test_fixture": "ERROR",
+            "test_end_of_fixture": "ERROR",
             "test_missing": missing,
             "test_marked_build": "PASSED",
             "test_harmless": "PASSED",

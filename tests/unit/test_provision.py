@@ -628,15 +628,14 @@ def test_a_failed_write_leaves_the_old_result(folder: Path, tmp_path: Path, monk
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(seed, "write", full)
     data = copy.deepcopy(HOST)
     data["slot"] = 2
-    with pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(seed, "write", full)
         render.render_cluster(write(folder, data), tmp_path / "out")
     assert (target / "seed/meta-data").read_bytes() == before
     assert (target / "seed.iso").is_file()
     # and what is left beside does not stand in the way of the next run
-    monkeypatch.undo()
     render.render_cluster(path, tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["lvs-1"]
 

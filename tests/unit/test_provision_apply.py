@@ -522,19 +522,19 @@ def test_a_real_server_whose_port_is_closed_is_not_added(lab: Lab, folder: Path)
 
 
 def test_a_real_server_without_toa_is_not_added(lab: Lab, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = cluster_of(folder).path
-    before = path.read_text(encoding="utf-8")
     options = rollout.Options(apply=True, connect=lab.connect, gate=lambda cluster: well)
     monkeypatch.setattr(ops, "answers", lambda *_: None)
     services = copy.deepcopy(OSPF["services"])
     services[0]["real_servers"] = services[0]["real_servers"][1:]
     path = cluster_of(folder, services=services).path
+    before = path.read_text(encoding="utf-8")
     with pytest.raises(BuildError, match="rs-1 has no toa"):
         rollout.add_real_server(path, "web", "198.51.100.1", 0, 1, options)
+    assert path.read_text(encoding="utf-8") == before
+    assert lab.files("lvs-1") == {}
     toa_bpf_is_loaded(lab)
     rollout.add_real_server(path, "web", "198.51.100.1", 0, 1, options)
     assert "198.51.100.1" in lab.files("lvs-1")["/etc/keepalived/web.conf"][0].decode()
-    assert before
 
 
 def test_draining_a_real_server_to_its_end(lab: Lab, folder: Path) -> None:

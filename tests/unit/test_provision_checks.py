@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import ipaddress
+import itertools
 import json
 import os
 import re
@@ -371,14 +372,9 @@ def test_hellos(cluster: Cluster, director: Director) -> None:
         high.test_ospf_says_and_hears_hellos(asker(tcpdump="\n".join(lines), ip=LINK), director, cluster)
 
     judge()
-    with complaint("no hello of this host on eth0 in 8 s (OSPFv2)"):
-        judge(0)
-    with complaint("no hello of a neighbour on eth0 in 8 s (OSPFv2)"):
-        judge(1)
-    with complaint("no hello of this host on eth0 in 8 s (OSPFv3)"):
-        judge(2)
-    with complaint("no hello of a neighbour on eth0 in 8 s (OSPFv3)"):
-        judge(3)
+    for n, (version, who) in enumerate(itertools.product((2, 3), ("this host", "a neighbour"))):
+        with complaint(f"no hello of {who} on eth0 in 8 s (OSPFv{version})"):
+            judge(n)
 
 
 def shell(folder: Path, **programs: str) -> Callable[[str], str]:
@@ -422,10 +418,9 @@ def test_neighbours() -> None:
         high.test_ospf_neighbours_are_full(asker(vtysh=text))
 
     judge(NEIGHBOURS)
-    with complaint("no neighbour is Full"):
-        judge(json.dumps({"neighbors": {}}))
-    with complaint("no neighbour is Full"):
-        judge(NEIGHBOURS.replace("Full/DR", "ExStart/DR"))
+    for nobody in (json.dumps({"neighbors": {}}), NEIGHBOURS.replace("Full/DR", "ExStart/DR")):
+        with complaint("no neighbour is Full"):
+            judge(nobody)
     both = json.loads(NEIGHBOURS)["neighbors"]
     judge(json.dumps({"neighbors": {**both, "192.0.2.2": [{"nbrState": "2-Way/DROther"}]}}))
     with complaint("neighbours on their way"):
@@ -447,14 +442,18 @@ def test_neighbours_of_ipv6() -> None:
 
 @pytest.mark.parametrize("judged", [high.test_routes_of_ospf_are_there, high.test_routes_of_ospf_for_ipv6_are_there])
 def test_routes_of_ospf(judged: Callable[..., None], cluster: Cluster, director: Director) -> None:
-    def judge(text: str) -> None:
-        judged(asker(ip=text), director, cluster)
+    def judge(text: str, of: Cluster = cluster) -> None:
+        judged(asker(ip=text), director, of)
 
     judge(DEFAULT)
-    with complaint("no default route by OSPF"):
-        judge("")
-    with complaint("no default route by OSPF"):
-        judge(DEFAULT.replace("default", "10.0.0.0/8"))
+    for none in ("", DEFAULT.replace("default", "10.0.0.0/8")):
+        with complaint("no default route by OSPF"):
+            judge(none)
+    assert cluster.ospf is not None
+    other = dataclasses.replace(cluster, ospf=dataclasses.replace(cluster.ospf, stub=False))
+    judge(none, other)
+    with complaint("no route by OSPF"):
+        judge("", other)
     with complaint("leave by {'eth1'}, not by eth0"):
         judge(DEFAULT.replace("eth0", "eth1"))
 
