@@ -19,6 +19,15 @@ else:
     _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+# By the draft 100.0 is an integer; to whoever reads the value then it is none.
+_Validator = jsonschema.validators.extend(  # type: ignore[no-untyped-call]
+    jsonschema.Draft202012Validator,
+    type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine(
+        "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
+    ),
+)
+
+
 class _UniqueKeys(_Loader):
     """PyYAML keeps the last of two equal keys silently; a recipe must not lose a line that way."""
 
@@ -62,12 +71,14 @@ def parse(text: str, name: str) -> Any:
         raise BuildError(f"{place}: {error.problem}", f"correct {name}") from None
     except yaml.YAMLError as error:
         raise BuildError(f"{name}: not YAML: {error}", f"correct {name}") from None
+    except ValueError as error:  # what looks like a date or a number, and is none
+        raise BuildError(f"{name}: {error}", f"correct {name}, or put the value in quotes") from None
 
 
 def check(data: Any, schema: Mapping[str, Any], name: str) -> Problems:
     """Hold data against a JSON Schema and return everything that is wrong, with dotted paths."""
     problems = Problems()
-    validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+    validator = _Validator(schema, format_checker=jsonschema.FormatChecker())
     for error in validator.iter_errors(data):
         problems.add(dotted(error.absolute_path) or name, _sentence(error))
     return problems

@@ -84,6 +84,13 @@ def test_a_version_must_be_text(tmp_path: Path) -> None:
     assert error.details == ("version: 1.1 is not of type 'string'",)
 
 
+@pytest.mark.parametrize("number", ["100.0", "true"])
+def test_an_integer_is_one_to_whoever_reads_it(tmp_path: Path, number: str) -> None:
+    """By JSON Schema 100.0 is an integer; isinstance says that it is none, and a default would be taken."""
+    (line,) = refusal(tmp_path, f"name: x\nversion: '1.1'\njobs: {number}\n").details
+    assert line.startswith("jobs: ") and line.endswith(" is not of type 'integer'")
+
+
 @pytest.mark.parametrize(
     ("text", "place"),
     [
@@ -94,6 +101,7 @@ def test_a_version_must_be_text(tmp_path: Path) -> None:
         ("? [a, b]\n: c\n", ":1:3: "),
         ("name: !!python/object:os.system {}\n", ":1:7: "),
         ("name: \x00\n", ": not YAML: "),
+        ("name: 2024-02-30\n", ": day is out of range for month"),
     ],
 )
 def test_what_is_no_yaml_or_loses_a_line_has_a_place(tmp_path: Path, text: str, place: str) -> None:
