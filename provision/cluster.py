@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from ipaddress import IPv4Address, ip_interface, ip_network
+from ipaddress import IPv4Address, IPv4Network, ip_interface, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ class _Reader:
         self.secrets = secrets
         # Who has an address, with the place where it was first seen.
         self.own: dict[Address, str] = {}
+        self.routers: dict[Address, str] = {}
         self.local: dict[Address, str] = {}
         self.vips: dict[Address, str] = {}
 
@@ -335,6 +336,15 @@ class _Reader:
             found = [what for network, what in others if network.version == 4 and network.overlaps(prefix)]
             for what in dict.fromkeys(found):
                 self.problems.add(f"vip_prefixes[{n}]", f"{prefix} overlaps {what}, which OSPF would announce")
+        for n, director in enumerate(cluster.directors):
+            spoken = [net for nic in director.interfaces if nic.name == director.uplink for net in _of_ipv4(nic)]
+            for m, nic in enumerate(director.interfaces):
+                for net in _of_ipv4(nic) if nic.name != director.uplink else ():
+                    if any(net.subnet_of(other) for other in spoken):
+                        self.problems.add(
+                            f"directors[{n}].interfaces[{m}]",
+                            f"{net} is in the uplink's network, in which OSPF would be spoken here too",
+                        )
 
     # --- hosts
 
@@ -356,6 +366,11 @@ class _Reader:
                     if address in self.vips:
                         self.problems.add(where, f"{address} is a VIP ({self.vips[address]})")
                     self.once(self.own, address, where)
+                for address, where in reader.routers.items():
+                    self.routers.setdefault(address, where)
+                    # A real server's may be one: by NAT it answers through the director.
+                    if kind == "directors" and address in self.vips:
+                        self.problems.add(where, f"{address} is a VIP ({self.vips[address]})")
                 if kind == "directors":
                     directors.append(self.director(item, reader, parts, mode))
                 else:
@@ -413,6 +428,13 @@ class _Reader:
                     self.problems.add(
                         f"local_addresses.{name}",
                         f"{address} is an interface's own address ({where}); the two must not coincide",
+                    )
+            for address, where in self.routers.items():
+                if address in self.own or address in pool.without:
+                    continue
+                if any(item.holds(address) for item in pool.ranges):
+                    self.problems.add(
+                        f"local_addresses.{name}", f"{address} is a router's ({where}); without takes it out"
                     )
         slots: dict[tuple[str, int], str] = {}
         wanted: dict[str, dict[str, dict[int, str]]] = {}  # who for: the first service of each family
@@ -476,6 +498,8 @@ class _Reader:
                 self.problems.add(
                     here, f"{address} is an interface's own address ({self.own[address]}); the two must not coincide"
                 )
+            elif address in self.routers:
+                self.problems.add(here, f"{address} is a router's ({self.routers[address]})")
             for pool in pools.values():
                 if any(item.holds(address) for item in pool.ranges) and address not in pool.without:
                     self.problems.add(
@@ -550,6 +574,10 @@ class _Reader:
 
     def loop(self, place: str, address: Address, what: str, where: str) -> None:
         self.problems.add(place, f"{address} is {what} ({where}): its connections would go round in a loop")
+
+
+def _of_ipv4(nic: hosts.Interface) -> list[IPv4Network]:
+    return [network for network in nic.networks if isinstance(network, IPv4Network)]
 
 
 def _items(entry: Mapping[Any, Any], key: str) -> list[tuple[Any, Any]]:

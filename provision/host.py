@@ -69,7 +69,7 @@ _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 # IFNAMSIZ leaves 15 characters; the set is that of /etc/rc.local, less "@", which `ip` prints for a link's peer.
 _INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
-_SYSCTL = re.compile(r"[a-z][a-z0-9_-]*(\.[A-Za-z0-9_*/:@-]+)+")
+_SYSCTL = re.compile(r"[a-z][a-z0-9_-]*(\.[A-Za-z0-9_/:@-]+)+")
 _PATH = re.compile(r"/etc(/[A-Za-z0-9_@%+,:=.-]+)+")
 _OCTAL = re.compile(r"0[0-7]{3}")
 _SSH = re.compile(r"(?P<host>[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\])(:(?P<port>[0-9]{1,5}))?")
@@ -185,6 +185,7 @@ class Reader:
         self.by_mac: dict[str, str] = {}  # to the interface's name
         self.own: dict[Address, str] = {}
         self.default_routers: dict[int, str] = {}
+        self.routers: dict[Address, str] = {}
 
     def at(self, key: str) -> str:
         """The dotted path of one of the host's keys."""
@@ -334,6 +335,7 @@ class Reader:
         router = self.plain_address(text, place)
         if router is None:
             return
+        self.routers.setdefault(router, place)
         networks = [a.network for a in own if a.version == version]
         if router.version != version:
             self.problems.add(place, f"{text} is no IPv{version} address")

@@ -20,7 +20,8 @@ _SPECIAL = re.compile(r"[\"'#!\\{}$]")  # quotes, comments, blocks and variables
 # of the routing daemons' terminals.
 _LINES = (
     re.compile(r"(?m)(\bauth_pass\s+)\S.*$"),
-    re.compile(r"(?m)(\bip ospf message-digest-key \d+ md5\s+)\S.*$"),
+    re.compile(r"(?m)(\bmessage-digest-key \d+ md5\s+)\S.*$"),
+    re.compile(r"(?m)(\b(?:authentication-key|key-string)\s+)\S.*$"),
     re.compile(r"(?m)(\bipv6 ospf6 authentication .* key\s+)\S.*$"),
     re.compile(r"(?m)(\bpassword\s+(?:8\s+)?)\S.*$"),
 )

@@ -67,7 +67,7 @@ class ServiceReader:
         names: dict[str, str] = {}
         taken: dict[str, str] = {}
         users: dict[Address, int] = {}
-        moved: dict[Address, tuple[str | None, str]] = {}
+        moved: dict[Address, tuple[Service, str]] = {}
         found = []
         for n, item in mappings(value):
             place = f"services[{n}]"
@@ -81,9 +81,14 @@ class ServiceReader:
             service = self.service(item, place, name)
             for m, vip in self.service_vips(item.get("vips"), place):
                 users[vip] = users.get(vip, 0) + 1
-                instance, where = moved.setdefault(vip, (service.instance, f"{place}.vips[{m}]"))
-                if instance != service.instance:
-                    self.problems.add(f"{place}.vips[{m}]", f"{vip} is moved by {instance} already ({where})")
+                first, where = moved.setdefault(vip, (service, f"{place}.vips[{m}]"))
+                if first.instance != service.instance:
+                    self.problems.add(f"{place}.vips[{m}]", f"{vip} is moved by {first.instance} already ({where})")
+                elif self.mode == "ospf" and set(first.directors) != set(service.directors):
+                    self.problems.add(
+                        f"{place}.vips[{m}]",
+                        f"{vip} is announced by other directors ({where}): routers send them all of its ports",
+                    )
                 for port in service.ports:
                     self.once(taken, f"{vip} port {port}/{service.protocol}", f"{place}.vips[{m}]")
             found.append(service)
@@ -204,6 +209,11 @@ class ServiceReader:
                 self.problems.add(
                     f"{place}.real_servers[{m}].address",
                     f"{real_server.address}: the service has no IPv{real_server.address.version} VIP",
+                )
+        for m, (address, _) in enumerate(service.sorry):
+            if service.vips and address.version not in service.versions:
+                self.problems.add(
+                    f"{place}.sorry_servers[{m}].address", f"{address}: the service has no IPv{address.version} VIP"
                 )
         for version in service.versions:
             weights = [each.weight for each in service.real_servers if each.address.version == version]

@@ -314,6 +314,10 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
         set_at("sysctl", to={"somaxconn": 1}),
         ["sysctl.somaxconn: no kernel setting: names joined by dots"],
     ),
+    "settings by a pattern": (
+        set_at("sysctl", to={"net.ipv4.conf.*.rp_filter": 0}),
+        ["sysctl.net.ipv4.conf.*.rp_filter: no kernel setting: names joined by dots"],
+    ),
     "switch as a word": (
         set_at("sysctl", to={"net.ipv4.ip_forward": True}),
         [
