@@ -6,10 +6,12 @@ it as it was. Rolling out is `provision.apply`; the two together are `provision.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import fcntl
 import io
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,10 +59,11 @@ class Edit:
         """
         if clusters.read(self.path) != self.before:
             raise BuildError(f"{self.path} was changed meanwhile", "the same command again, which reads it anew")
-        beside = self.path.with_name(f".{self.path.name}.new")
+        place = self.path.resolve()  # a link stays one
+        beside = place.with_name(f".{place.name}.new")
         beside.write_bytes(self.after.encode())
-        beside.chmod(self.path.stat().st_mode & 0o7777)
-        os.replace(beside, self.path)
+        beside.chmod(place.stat().st_mode & 0o7777)
+        os.replace(beside, place)
 
 
 Change = Callable[[Any], None]
@@ -80,7 +83,14 @@ def edit(path: Path, change: Change) -> Edit:
     clusters.parse(before, path, secrets=False)
     plain = before.replace("\r\n", "\n")
     yaml, data = _round_trip(plain, path)
+    shared = [(each, copy.deepcopy(each)) for each in _shared(data)]
     change(data)
+    for each, was in shared:
+        if each != was:
+            raise BuildError(
+                f"{path}:{each.lc.line + 1}: what stands here stands elsewhere too, by a YAML alias: all would change",
+                "write it out in each of these places, then the same command",
+            )
     after = _dump(yaml, data, plain)
     if plain != before:
         after = after.replace("\n", "\r\n")
@@ -107,13 +117,31 @@ def _round_trip(text: str, path: Path) -> tuple[YAML, Any]:
             data = yaml.load(text)
         except YAMLError as error:
             raise BuildError(f"{path}: cannot be edited: {error}", f"correct {path}") from None
-        differs = sum(a != b for a, b in zip(_dump(yaml, data, text).splitlines(), text.splitlines(), strict=False))
+        # As many lines as are not in the file: one text that was folded moves all that stand behind it.
+        differs = (Counter(_dump(yaml, data, text).splitlines()) - Counter(text.splitlines())).total()
         if best is None or differs < best[0]:
             best = (differs, yaml, yaml.load(text))
         if differs == 0:
             break
     assert best is not None  # noqa: S101  there is a form
     return best[1], best[2]
+
+
+def _shared(data: Any) -> list[Any]:
+    """The mappings and lists that stand at more than one place of a file, by an anchor and its aliases."""
+    found: dict[int, Any] = {}
+    shared: dict[int, Any] = {}
+    left = [data]
+    while left:
+        each = left.pop()
+        if not isinstance(each, CommentedMap | CommentedSeq):
+            continue
+        if id(each) in found:
+            shared[id(each)] = each
+            continue
+        found[id(each)] = each
+        left += each.values() if isinstance(each, CommentedMap) else each
+    return list(shared.values())
 
 
 def _dump(yaml: YAML, data: Any, like: str) -> str:
@@ -428,12 +456,13 @@ def alone(path: Path) -> Iterator[None]:
         BuildError: another one is at work.
     """
     clusters.read(path)
-    handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    folder = path.resolve().parent  # by whatever name: the file that is written
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise BuildError(f"another operation is at work in {path.parent}", "wait for its end") from None
+        raise BuildError(f"another operation is at work in {folder}", "wait for its end") from None
     finally:
         os.close(handle)
 

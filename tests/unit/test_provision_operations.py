@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import yaml
 
 from pipeline import run, settings
 from pipeline.errors import BuildError
@@ -261,6 +262,13 @@ def test_other_indentations_stay(mapping: int, sequence: int, offset: int, tmp_p
     assert len(changed(edit)) == 2
 
 
+def test_one_text_that_was_folded_leaves_the_rest(path: Path) -> None:
+    """As PyYAML writes a long key; the lines behind it are found elsewhere then."""
+    path.write_text(yaml.safe_dump(yaml.safe_load(TEXT), sort_keys=False), encoding="utf-8")
+    lines = changed(ops.edit(path, ops.add_vip("shop", "203.0.113.4")))
+    assert [line for line in lines if "ssh-ed25519" not in line] == ["-  example", "+  - 203.0.113.4"]
+
+
 def test_line_ends_of_another_world_stay(path: Path) -> None:
     path.write_bytes(TEXT.replace("\n", "\r\n").encode())
     edit = ops.edit(path, ops.add_vip("docs", "203.0.113.4"))
@@ -359,6 +367,54 @@ def test_an_edit_of_somebody_else_is_not_lost(path: Path) -> None:
     with pytest.raises(BuildError, match="was changed meanwhile"):
         edit.write()
     assert path.read_text(encoding="utf-8").endswith("# mine\n")
+
+
+def test_a_link_to_the_file_stays_one(path: Path) -> None:
+    link = path.with_name("link") / "cluster.yaml"
+    link.parent.mkdir()
+    link.symlink_to(path)
+    ops.edit(link, ops.add_vip("shop", "203.0.113.4")).write()
+    assert link.is_symlink() and "203.0.113.4" in path.read_text(encoding="utf-8")
+    refused = pytest.raises(BuildError, match=f"another operation is at work in {path.parent}")
+    with ops.alone(link), refused, ops.alone(path):
+        raise AssertionError
+
+
+SHARED: dict[str, tuple[list[tuple[str, str]], ops.Change]] = {
+    "a list": (
+        [
+            ("    vips:\n      - 203.0.113.1", "    vips: &all\n      - 203.0.113.1"),
+            ("vips: [203.0.113.3]", "vips: *all"),
+        ],
+        ops.remove_vip("shop", "203.0.113.1"),
+    ),
+    "a list of a mapping that is merged": (
+        [("- name: shop", "- &shop\n    name: shop"), ("vips: [203.0.113.3]", "<<: *shop")],
+        ops.add_vip("docs", "203.0.113.4"),
+    ),
+    "a mapping": (
+        [
+            ("- {address: 198.51.100.1,", "- &one {address: 198.51.100.1, port: 80,"),
+            ("- address: 198.51.100.1\n        weight: 3", "- *one"),
+        ],
+        ops.drain_real_server("docs", "198.51.100.1", 80),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_what_stands_elsewhere_too_is_not_edited(case: str, path: Path) -> None:
+    """By an alias: a service that was not named would change."""
+    replaced, operation = SHARED[case]
+    text = TEXT
+    for old, new in replaced:
+        assert old in text
+        text = text.replace(old, new, 1)
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(BuildError, match=rf"^{path}:\d+: what stands here stands elsewhere too, by a YAML alias"):
+        ops.edit(path, operation)
+    # What is one service's own may change all the same.
+    assert changed(ops.edit(path, ops.drain_real_server("docs", "198.51.100.2", 81))) == ["+        weight: 0"]
 
 
 def test_one_operation_at_a_time(path: Path) -> None:
