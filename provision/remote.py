@@ -26,6 +26,11 @@ SCRIPT_SECONDS = 300
 # Of a path that is cut a host hears nothing, and neither do we: we speak when nothing is said, and want it received.
 _KEEPALIVE_SECONDS = 15
 _SILENT_SECONDS = 60
+# Where ssh looks, unless its configuration says otherwise (ssh_config(5)).
+_KNOWN_HOSTS = {
+    "userknownhostsfile": "~/.ssh/known_hosts ~/.ssh/known_hosts2",
+    "globalknownhostsfile": "/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2",
+}
 
 
 @dataclass(frozen=True)
@@ -190,14 +195,22 @@ def opener(ssh_config: Path | None) -> Opener:
             connection.open()
             _bound(connection.transport)
         except (OSError, EOFError, paramiko.SSHException, socket.gaierror) as error:
-            connection.close()
+            _close(connection)
             raise _lost(shell, error) from None
         try:
             yield shell
         finally:
-            connection.close()
+            _close(connection)
 
     return connect
+
+
+def _close(connection: Any) -> None:
+    """End it, also where nobody could log in, and those to its jump hosts: fabric leaves both open."""
+    connection.close()
+    connection.client.close()
+    if isinstance(connection.gateway, Connection):
+        _close(connection.gateway)
 
 
 def _bound(transport: Any) -> None:
@@ -208,18 +221,48 @@ def _bound(transport: Any) -> None:
         transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENT_SECONDS * 1000)
 
 
+class Remember:
+    """Paramiko's policy for a host that is met for the first time: it is taken, and a file gets a line for it.
+
+    Paramiko's own writes the whole file anew, without the lines that it does not know.
+
+    Args:
+        path: the file, made if need be; None remembers for this run.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
+        """Take it."""
+        client.get_host_keys().add(hostname, key.get_name(), key)
+        if self.path is None:
+            return
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self.path.open("a+b") as file:
+            end = file.seek(0, io.SEEK_END)
+            file.seek(max(0, end - 1))
+            between = b"" if file.read(1) in (b"", b"\n") else b"\n"
+            file.write(between + f"{hostname} {key.get_name()} {key.get_base64()}\n".encode())
+
+
 def _judge_host_keys(connection: Any, address: str) -> None:
-    """Hold host keys against known_hosts as ssh does; fabric by itself believes every host."""
+    """Hold host keys against known_hosts as ssh does, a jump host's too; fabric by itself believes every host."""
+    if isinstance(connection.gateway, Connection):
+        _judge_host_keys(connection.gateway, connection.gateway.host)
     options = connection.ssh_config
     strict = str(options.get("stricthostkeychecking", "ask")).lower()
-    for name in str(options.get("userknownhostsfile", "~/.ssh/known_hosts")).split():
-        path = Path(name).expanduser()
+    own, common = (
+        [Path(name).expanduser() for name in str(options.get(key, usual)).split() if name != "none"]
+        for key, usual in _KNOWN_HOSTS.items()
+    )
+    for path in (*own, *common):
         if path.is_file():
-            connection.client.load_host_keys(str(path))
-    connection.client.load_system_host_keys()
+            # Not as the client's own file, which it would write anew for each host that it meets.
+            connection.client.get_host_keys().load(str(path))
     if strict in ("no", "off", "accept-new"):
         # The user's own ssh would take it, too.
-        connection.client.set_missing_host_key_policy(paramiko.AutoAddPolicy())
+        connection.client.set_missing_host_key_policy(Remember(own[0] if own else None))
     else:
         connection.client.set_missing_host_key_policy(paramiko.RejectPolicy())
     progress.debug(f"{address}: host keys: {strict}")
