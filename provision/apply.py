@@ -31,6 +31,7 @@ _UNIT = claim.UNIT
 GATE_MOST = 600  # seconds that a gate may take: rollout.GATE_SECONDS, and as long again for a round that has begun
 # Seconds beyond the drain after which a host goes back by itself: a slow script, and the longest gate.
 _GRACE = SCRIPT_SECONDS + GATE_MOST
+SAME_COMMAND = "the same command goes on"  # true of apply itself
 ROUTING = ("zebra", "ospfd", "ospf6d")
 VIPS, VIP_ROUTES = "/etc/lvs/vips.nft", "/etc/lvs/vips.routes"
 # In the host's log before each change: what keepalived had complained of earlier is no fault of the change.
@@ -173,7 +174,7 @@ def fetch(remote: Remote, paths: Iterable[str]) -> dict[str, File]:
     words = " ".join(shlex.quote(path) for path in paths)
     answer = remote.run(
         f'for file in {words}; do [ ! -f "$file" ] || printf "%s\\n" "${{file#/}}"; done'
-        " | tar -C / -cf - --verbatim-files-from -T - | base64 -w 0",
+        " | tar -C / -chf - --verbatim-files-from -T - | base64 -w 0",
         what="reading its files",
     )
     found = {}
@@ -299,7 +300,8 @@ def change(remote: Remote, plan: Plan, gate: Gate, drain: float, shows: str) -> 
     except BuildError as error:
         raise BuildError(error.message, error.hint, [*error.details, *_back(remote)]) from error
     except BaseException:
-        _back(remote)
+        for line in _back(remote):
+            progress.note(line)
         raise
     _end(remote, seconds, shows)
     if left := unsaid(plan):
@@ -373,7 +375,7 @@ def _back(remote: Remote) -> list[str]:
         answer = remote.run(f"/bin/sh {STATE}/rollback\n{_DONE}", what="rolling back")
     except BuildError as error:
         return [f"{remote.name} was not rolled back ({error.message}); its timer does so, or who has it now"]
-    back = f"{remote.name} was rolled back; the hosts after it were not touched; the same command goes on"
+    back = f"{remote.name} was rolled back; the hosts after it were not touched; {SAME_COMMAND}"
     return [*(f"rolling back: {line}" for line in run.tail(answer.stderr)), back]
 
 

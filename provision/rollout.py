@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,9 @@ class Options:
         gate: the checks of a changed host; all but those of traffic where it is None.
         take_over: go back now from what another run is changing.
         real_servers_last: whether real servers come after the directors.
+
+    Raises:
+        BuildError: `drain` is no time.
     """
 
     apply: bool = False
@@ -42,6 +46,10 @@ class Options:
     gate: Callable[[Cluster], applying.Gate] | None = None
     take_over: bool = False
     real_servers_last: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drain < math.inf:
+            raise BuildError(f"--drain {self.drain:g}: no time to wait", "give seconds, from 0; 0 does not wait")
 
     @property
     def open(self) -> Opener:
@@ -128,12 +136,15 @@ def _perform(
         shows = command("plan", path, options.where.ssh_config)
         progress.note(f"{path} is changed, no host is: {shows}, then {again}")
         return
+    again += "".join(f" --host {name}" for name in names or ())
     try:
         lines = _apply(clusters.load(path), names or (), options)
     except BuildError as error:
-        hosts = "".join(f" --host {name}" for name in names or ())
-        details = [*error.details, f"{path} keeps the change; {again}{hosts} goes on"]
-        raise BuildError(error.message, error.hint, details) from error
+        # The same command would make the edit once more.
+        details = [line.removesuffix(f"; {applying.SAME_COMMAND}") for line in error.details]
+        raise BuildError(error.message, error.hint, [*details, f"{path} keeps the change; {again} goes on"]) from error
+    except KeyboardInterrupt:
+        raise BuildError("interrupted", again, [f"{path} keeps the change"]) from None
     print("\n".join(lines))
 
 
@@ -144,6 +155,9 @@ def add_real_server(
 
     def before(edit: ops.Edit) -> None:
         found = next(each for each in edit.cluster.services if each.name == service)
+        if found.protocol != "TCP":
+            progress.note(f"whether {address} serves {found.protocol} nobody can be asked; toa goes with TCP only")
+            return
         ops.answers(edit.cluster, service, address, port or found.ports[0], options.open)
         if toa and found.forwarding == "FNAT":
             ops.has_toa(edit.cluster, address, options.open)

@@ -6,7 +6,6 @@ import functools
 import itertools
 import re
 from collections.abc import Sequence
-from ipaddress import ip_interface
 from pathlib import Path
 
 from pipeline.errors import BuildError
@@ -20,7 +19,8 @@ from provision.render import Renderer
 _SAME = ("virtual_router_id", "advert_int", "auth_type", "auth_pass", "virtual_ipaddress")
 _KEYS = ("interface", *_SAME[:-1])
 _INSTANCE = re.compile(r"^\s*vrrp_instance\s+(\S+)\s*\{(.*?)^\}", re.M | re.S)
-_VIPS = re.compile(r"\bvirtual_ipaddress\s*\{\s*([^\s}]+)")
+# The first, behind remarks.
+_VIPS = re.compile(r"\bvirtual_ipaddress\s*\{(?:\s|[#!][^\n]*\n)*([^\s#!}]+)")
 # Nothing where keepalived does not run: then it advertises nothing, and takes nothing.
 _PRESENT = """
 systemctl is-active --quiet keepalived || exit 0
@@ -35,7 +35,7 @@ def spoken(text: str) -> dict[str, dict[str, str]]:
     for name, body in _INSTANCE.findall(text):
         values = dict(re.findall(rf"^\s*({'|'.join(_KEYS)})\s+(\S+)", body, re.M))
         if vips := _VIPS.search(body):
-            values["virtual_ipaddress"] = f"IPv{ip_interface(vips[1]).version}"
+            values["virtual_ipaddress"] = f"IPv{6 if ':' in vips[1] else 4}"
         found[name] = values
     return found
 

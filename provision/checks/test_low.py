@@ -59,7 +59,8 @@ def test_real_servers_answer(ask: Ask, services: tuple[Service, ...], down: froz
             if each.check.kind in ("http", "https"):
                 host = f"-H 'Host: {each.check.host}' " if each.check.host else ""
                 target = url(each.address, each.check.port or each.port, service, each)
-                code = ask(f"curl -gkso /dev/null -m 10 --noproxy '*' -w '%{{http_code}}' {host}'{target}' || :")
+                words = f"{host}{shlex.quote(target)}"
+                code = ask(f"curl -gkso /dev/null -m 10 --noproxy '*' -w '%{{http_code}}' {words} || :")
                 if code != str(each.check.status):
                     wrong.append(f"{target}: {code or 'no answer'}, not {each.check.status}")
             else:

@@ -23,6 +23,7 @@ from provision import operations as ops
 from provision.host import Host
 from provision.model import Cluster
 from provision.remote import Remote, Shell, braced
+from tests.conftest import Recorder
 from tests.unit.clusters import OSPF, VRRP
 from tests.unit.roots import FLUSH, IN_ROOTS, Lab, LabRemote, acts, cluster_of, folder_of, sick, well
 
@@ -506,9 +507,53 @@ def test_an_operation_rolled_out_and_one_that_fails(lab: Lab, folder: Path, caps
         f"{path} keeps the change; invoke apply --cluster {path} --ssh-config lab/ssh_config --host lvs-1 --host lvs-2"
         " goes on"
     )
+    # The same command would add it once more.
+    assert caught.value.details[-2] == "lvs-1 was rolled back; the hosts after it were not touched"
     assert b"203.0.113.10" not in lab.files("lvs-1")["/etc/keepalived/web.conf"][0]
     rollout.apply(path, (), options)
     assert b"203.0.113.10" in lab.files("lvs-1")["/etc/keepalived/web.conf"][0]
+
+
+def test_an_operation_that_is_interrupted(lab: Lab, folder: Path, events: Recorder) -> None:
+    path = cluster_of(folder).path
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    options = rollout.Options(apply=True, connect=lab.connect, gate=lambda cluster: interrupted)
+    with pytest.raises(BuildError, match="interrupted") as caught:
+        rollout.perform(path, ops.add_vip("web", "203.0.113.9"), options)
+    assert caught.value.details == (f"{path} keeps the change",)
+    assert caught.value.hint == f"invoke apply --cluster {path} --host lvs-1 --host lvs-2"
+    assert any("lvs-1 was rolled back" in note for note in events.texts("note"))
+    assert "203.0.113.9" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("drain", [-600.0, float("nan"), float("inf")])
+def test_a_time_that_is_none(drain: float) -> None:
+    with pytest.raises(BuildError, match="no time to wait"):
+        rollout.Options(drain=drain)
+
+
+def test_whom_nobody_can_ask_is_added(lab: Lab, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real server of UDP: neither is there a port that answers, nor has toa to do with it."""
+    services = copy.deepcopy(OSPF["services"])
+    services[0] |= {"protocol": "UDP", "check": {"none": True}}
+    path = cluster_of(folder, services=services).path
+    monkeypatch.setattr(ops, "answers", None)
+    monkeypatch.setattr(ops, "has_toa", None)
+    options = rollout.Options(apply=True, connect=lab.connect, gate=lambda cluster: well)
+    rollout.add_real_server(path, "web", "198.51.100.9", 0, 1, options)
+    assert "198.51.100.9" in lab.files("lvs-1")["/etc/keepalived/web.conf"][0].decode()
+
+
+def test_a_file_that_is_a_link_is_read(lab: Lab, folder: Path) -> None:
+    cluster = cluster_of(folder)
+    applying.apply(cluster, ["lvs-1"], lab.connect, well)
+    file = lab.root("lvs-1") / "etc/keepalived/web.conf"
+    file.rename(file.with_name("elsewhere"))
+    file.symlink_to("elsewhere")
+    assert applying.plan(cluster, ["lvs-1"], lab.connect) == ["== lvs-1: as it should be"]
 
 
 def test_a_real_server_whose_port_is_closed_is_not_added(lab: Lab, folder: Path) -> None:

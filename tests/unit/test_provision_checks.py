@@ -554,7 +554,7 @@ def test_interrupts(director: Director) -> None:
 
 def test_real_servers_answer(tmp_path: Path) -> None:
     base = {**OSPF, "services": [dict(each) for each in OSPF["services"]]}
-    base["services"][0]["check"] = {"http": {"path": "/ok", "host": "www.example.org"}}
+    base["services"][0]["check"] = {"http": {"path": "/o'k", "host": "www.example.org"}}
     found = load(tmp_path, base)
     asked: list[str] = []
 
@@ -568,16 +568,16 @@ def test_real_servers_answer(tmp_path: Path) -> None:
     none: frozenset[str] = frozenset()
     low.test_real_servers_answer(ask("200", "yes"), found.services, none)
     curl = "curl -gkso /dev/null -m 10 --noproxy '*' -w '%{http_code}' -H 'Host: www.example.org'"
-    assert f"{curl} 'http://198.51.100.1:80/ok' || :" in asked
+    assert f"{curl} 'http://198.51.100.1:80/o'\"'\"'k' || :" in asked
     assert any("/dev/tcp/2001:db8:5::1/443" in command for command in asked)
-    with complaint("http://198.51.100.1:80/ok: 503, not 200"):
+    with complaint("http://198.51.100.1:80/o'k: 503, not 200"):
         low.test_real_servers_answer(ask("503", "yes"), found.services, none)
     with complaint("[2001:db8:5::1]:443: no connection"):
         low.test_real_servers_answer(ask("200", ""), found.services, none)
     # The others are asked still.
     away = frozenset({"[2001:db8:5::1]:443", "198.51.100.1:443"})
     low.test_real_servers_answer(ask("200", ""), found.services, away)
-    with complaint("http://198.51.100.1:80/ok: 503, not 200"):
+    with complaint("http://198.51.100.1:80/o'k: 503, not 200"):
         low.test_real_servers_answer(ask("503", ""), found.services, away)
 
 

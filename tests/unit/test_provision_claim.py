@@ -385,6 +385,8 @@ def test_the_family_of_the_first_vip_is_that_of_the_protocol(tmp_path: Path) -> 
 
     put_first("203.0.113.99/32 dev eth0")
     pair.judge(pair.old)
+    put_first("# www\n! 2001:db8:: is another's\n203.0.113.99")
+    pair.judge(pair.old)
     put_first("2001:db8:ffff::99/128 dev eth0")
     with pytest.raises(BuildError, match=r"both be master of VI_\d: they would differ in virtual_ipaddress\n"):
         pair.judge(pair.old)
