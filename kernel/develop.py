@@ -506,10 +506,11 @@ def chosen(*, debug: bool, flavour: str = TESTED, store: Store | None = None) ->
     workshop = Workshop(room, debug=True, flavour=flavour)
     store.ensure(workshop.stage)
     scratch = store.root / "tmp" / f"kernel-develop-series-{flavour}"
-    try:
-        return workshop.build(_Changes.of_series(room, flavour, workshop.base, scratch))
-    finally:
-        remove_tree(scratch)
+    with store.lock(scratch.name):  # of a second run, and of `clean`, which takes what nobody holds
+        try:
+            return workshop.build(_Changes.of_series(room, flavour, workshop.base, scratch))
+        finally:
+            remove_tree(scratch)
 
 
 def test(expression: str, *, debug: bool, flavour: str = TESTED) -> None:

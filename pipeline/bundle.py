@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -79,14 +78,16 @@ def load(path: Path, store: Store, extra: Mapping[str, Path] | None = None) -> l
         BuildError: it is no bundle, or truncated, or a member is not what the index says; nothing is taken then.
     """
     try:
-        work = store.root / "tmp" / f"bundle-{os.getpid()}"
-        work.mkdir(parents=True)
-        try:
-            with progress.step(f"loading {path}"), tarfile.open(path, "r:") as tar:
-                names = _unpack(tar, path, work)
-            return _place(names, work, store, extra or {})
-        finally:
+        work = store.root / "tmp/bundle"
+        with store.lock(work.name):  # what nobody holds `clean` takes for left
             remove_tree(work)
+            work.mkdir(parents=True)
+            try:
+                with progress.step(f"loading {path}"), tarfile.open(path, "r:") as tar:
+                    names = _unpack(tar, path, work)
+                return _place(names, work, store, extra or {})
+            finally:
+                remove_tree(work)
     except FileNotFoundError:
         raise BuildError(f"{path} does not exist", "invoke bundle   (on a machine with a network)") from None
     except (tarfile.TarError, EOFError) as error:

@@ -89,7 +89,12 @@ class Root:
             with self.store.lock(f"resolve-{self.name}"):
                 if not self.resolved:
                     self.refresh()
-        data: dict[str, str] = json.loads(self._lock_file.read_text(encoding="utf-8"))
+        try:
+            data: dict[str, str] = json.loads(self._lock_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BuildError(
+                f"{self._lock_file} is damaged: {error}", f"rm {self._lock_file}, then the same command"
+            ) from None
         return data
 
     def refresh(self) -> None:
@@ -113,7 +118,10 @@ class Root:
             raise BuildError(f"{self.path}: apt did not choose {', '.join(missing)}", f"correct {self.path}")
         self._lock_file.parent.mkdir(parents=True, exist_ok=True)
         beside = self._lock_file.with_suffix(".new")
-        beside.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        with beside.open("w", encoding="utf-8") as stream:
+            stream.write(json.dumps(found, indent=1, sort_keys=True) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())  # a power cut must leave no empty file, which would count as resolved
         beside.rename(self._lock_file)
         self.__dict__.pop("versions", None)
 

@@ -8,6 +8,7 @@ the indexes against the Release file; the size and SHA-256 of a tarball come fro
 
 from __future__ import annotations
 
+import fcntl
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -93,13 +94,15 @@ class SourceArchive:
         for folder in ("state", "lists/partial", "cache/archives/partial"):
             (self.work / folder).mkdir(parents=True, exist_ok=True)
         lines = self._lines()
-        (self.work / "sources.list").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        with progress.step(f"reading the archive's source indexes ({', '.join(self.suites)})"):
-            update = run.run(["apt-get", *self._options, "-q", "update"], check=False)
         form = "$(ORIGIN)|$(REPO_URI)|$(FILENAME)"
-        listing = run.run(
-            ["apt-get", *self._options, "indextargets", "--format", form, "Created-By: Sources"], check=False
-        )
+        with (self.work / "lock").open("w") as one_at_a_time:
+            fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+            (self.work / "sources.list").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            with progress.step(f"reading the archive's source indexes ({', '.join(self.suites)})"):
+                update = run.run(["apt-get", *self._options, "-q", "update"], check=False)
+            listing = run.run(
+                ["apt-get", *self._options, "indextargets", "--format", form, "Created-By: Sources"], check=False
+            )
         found = []
         for line in listing.stdout.splitlines():
             origin, address, name = line.split("|")

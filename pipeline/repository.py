@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline import progress, rpm, store
+from pipeline.errors import BuildError
 from pipeline.rpm import FileName, link_or_copy
 from pipeline.sandbox import Sandbox
 from pipeline.signing import SigningKey
@@ -31,9 +32,11 @@ def snapshot(
 
     def build(out: Path) -> None:
         for stage in signed:
-            for package in sorted(result(stage).glob("*.rpm")):
-                if not package.name.endswith(".src.rpm"):
-                    link_or_copy(package, out / package.name)
+            packages = sorted(path for path in result(stage).glob("*.rpm") if not path.name.endswith(".src.rpm"))
+            if not packages:
+                raise BuildError(f"{result(stage)} holds no package", "the same command makes it again")
+            for package in packages:
+                link_or_copy(package, out / package.name)
         index(toolbox(), key, out)
         (out / KEY_FILE).write_text(key.public(toolbox()), encoding="ascii")
 

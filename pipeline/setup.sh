@@ -24,7 +24,11 @@ if [ -n "$missing" ]; then
     fi
     # shellcheck disable=SC2086  # lists of package names
     {
-        $as_root env DEBIAN_FRONTEND=noninteractive apt-get update -q >&2
+        $as_root env DEBIAN_FRONTEND=noninteractive apt-get update -q >&2 || {
+            echo "✗ apt-get could not update its package lists" >&2
+            echo "  → look at the messages above, and at /etc/apt/sources.list and sources.list.d" >&2
+            exit 1
+        }
         $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends $missing >&2 || {
             echo "✗ apt-get could not install:$missing" >&2
             echo "  → look at the messages above; these packages are in Debian 12 (bookworm) main" >&2

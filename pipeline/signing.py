@@ -109,13 +109,15 @@ class SigningKey:
             text = sandbox.run(["sh", "-c", script], what="generating the signing key").stdout
             if _ARMOUR not in text:
                 raise BuildError("gpg exported no secret key", "the same command with --debug shows gpg's command")
-            beside = self.file.with_suffix(".new")
+            beside = self.file.with_suffix(f".{os.getpid()}")
             beside.touch(mode=0o600)
             with beside.open("w", encoding="ascii") as stream:
                 stream.write(text)
                 stream.flush()
                 os.fsync(stream.fileno())  # a power cut must leave no empty key, which would count as one
-            beside.rename(self.file)
+            with contextlib.suppress(FileExistsError):  # another run was faster: by its key packages are signed
+                os.link(beside, self.file)
+            beside.unlink()
         progress.warn(f"packages are signed with a generated key; keep {self.file} safe, or set {VARIABLE}")
 
     def public(self, sandbox: Sandbox) -> str:

@@ -139,6 +139,9 @@ class Store:
             if self.has(stage):  # another builder finished while we waited
                 progress.reused(stage.name, f"built by another run ({stage.key})")
                 return self.path(stage)
+            for need in stage.needs:  # `prune` may have taken one while the others were built
+                if not self.has(need):
+                    self.ensure(need)
             reason = self.why(stage)
             with progress.step(f"{stage.title or stage.name}   [{reason}]"):
                 self._build(stage)

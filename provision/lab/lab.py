@@ -596,6 +596,7 @@ def down(folder: Path, say: Callable[[str], None] = progress.note) -> None:
     with state.alone(folder):
         written = State.read(folder)
         if written is None:
+            _gone(folder)
             say(f"no lab is up in {folder}")
             return
         with progress.step(f"ending the lab in {folder}"):
@@ -607,4 +608,15 @@ def down(folder: Path, say: Callable[[str], None] = progress.note) -> None:
 def _forget(written: State) -> None:
     if written.sockets:
         remove_tree(Path(written.sockets))
-    remove_tree(written.folder)
+    # In one step: what is left of a folder half removed would be no lab any more, which nobody ends.
+    gone = _gone(written.folder)
+    if written.folder.exists():
+        written.folder.rename(gone)
+    remove_tree(gone)
+
+
+def _gone(folder: Path) -> Path:
+    """Where the folder of a lab goes, cleared of what a killed run has left there."""
+    path = folder.with_name(f".{folder.name}.gone")
+    remove_tree(path)
+    return path

@@ -46,7 +46,9 @@ def made(tmp_path: Path, sources: Sources) -> Path:
 
 
 def files(root: Path) -> list[str]:
-    return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()) if root.exists() else []
+    """The files in a folder but for locks."""
+    found = [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()] if root.exists() else []
+    return sorted(name for name in found if not name.startswith("locks/"))
 
 
 def test_a_builder_without_a_network_gets_everything(tmp_path: Path, made: Path) -> None:
@@ -79,6 +81,21 @@ def test_a_truncated_bundle_gives_nothing(tmp_path: Path, made: Path, where: int
         bundle.load(cut, Store(tmp_path / "other"))
     assert str(cut) in caught.value.message
     assert files(tmp_path / "other") == []
+
+
+def test_cleaning_leaves_a_load_at_work_alone(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what a killed one has left is no obstacle."""
+    store = Store(tmp_path / "other")
+    (left := store.root / "tmp/bundle/left").mkdir(parents=True)
+    place = bundle._place
+
+    def cleaned(*given: object) -> list[str]:
+        assert not left.exists()
+        assert store.prune(0, dry_run=False) == []
+        return place(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bundle, "_place", cleaned)
+    assert bundle.load(made, store)
 
 
 def test_one_changed_byte_gives_nothing(tmp_path: Path, made: Path) -> None:

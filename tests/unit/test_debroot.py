@@ -96,6 +96,16 @@ def test_versions_are_decided_once(machine: Machine, recipe: Path, store: Store)
     assert again.stage().key != key
 
 
+def test_a_decision_that_a_power_cut_emptied_is_said(machine: Machine, recipe: Path, store: Store) -> None:
+    root = Root("root-tools", recipe, store)
+    assert root.versions
+    (file,) = (store.root / "roots").glob("root-tools-*.json")
+    file.write_text("")
+    with pytest.raises(BuildError, match="is damaged") as caught:
+        assert Root("root-tools", recipe, store).versions
+    assert caught.value.hint.startswith(f"rm {file}, ")
+
+
 def test_only_this_releases_suites_are_asked(machine: Machine, recipe: Path, store: Store) -> None:
     assert Root("root-tools", recipe, store).versions
     lines = machine.stdin.splitlines()

@@ -210,3 +210,26 @@ def test_down_takes_its_folders(tmp_path: Path) -> None:
     labs.down(folder, said.append)
     assert said == ["ended: nothing ran any more"]
     assert not folder.exists() and not sockets.exists()
+
+
+@pytest.mark.parametrize("again", ["down", "another"])
+def test_down_that_is_killed_leaves_no_half_of_a_lab(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    folder = tmp_path / "lab"
+    folder.mkdir()
+    State(folder, processes={"lvs-1": ENDED}).write()
+
+    def killed(path: Path) -> None:
+        if path.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(labs, "remove_tree", killed)
+        labs.down(folder)
+    assert not folder.exists()
+    if again == "another":
+        folder.mkdir()
+        State(folder, processes={"lvs-1": ENDED}).write()
+    labs.down(folder)
+    assert {path.name for path in tmp_path.iterdir()} == {".lab.lock"}

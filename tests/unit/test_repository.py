@@ -321,6 +321,8 @@ def test_a_snapshot_holds_exactly_its_stages_packages_without_sources(tmp_path: 
     signed = [made("signed-a", A1, SRC), made("signed-b", B1)]
     stage = snapshot("director", signed, toolbox, key(), store.path)
     path = store.ensure(stage)
+    with pytest.raises(BuildError, match=r"signed-c/.* holds no package"):
+        store.ensure(snapshot("director", [made("signed-c", SRC)], toolbox, key(), store.path))
     assert sorted(p.name for p in path.glob("*.rpm")) == [A1, B1]
     assert (path / "repodata/repomd.xml").read_text() == f"{A1} {B1}"
     assert (path / KEY_FILE).read_text() == "public half of key\n"

@@ -123,6 +123,20 @@ def test_a_key_is_made_once_for_its_owner_only(events: Recorder) -> None:
     assert len(sandbox.commands) == 1
 
 
+def test_of_two_that_make_a_key_the_first_ones_stays() -> None:
+    """The other has signed nothing by its own yet."""
+    key = SigningKey.find()
+
+    class Slow(FakeSandbox):
+        def run(self, command: Sequence[str], **rest: Any) -> run.Result:
+            key.file.write_text("the other's")
+            return super().run(command, **rest)
+
+    key.make(cast(Sandbox, Slow()))
+    assert key.file.read_text() == "the other's"
+    assert [p.name for p in key.file.parent.iterdir()] == ["signing-key.asc"]
+
+
 def test_a_key_is_not_made_from_a_failure() -> None:
     class Broken(FakeSandbox):
         def run(self, command: Sequence[str], **_rest: Any) -> run.Result:

@@ -160,6 +160,18 @@ def test_needs_are_built_first_and_only_when_needed(store: Store) -> None:
     assert order == ["base", "top"]  # the finished top does not need its base any more
 
 
+def test_a_need_that_is_pruned_while_the_others_are_built_is_built_again(store: Store) -> None:
+    first = stage("first")
+
+    def prunes(_: Path) -> None:
+        remove_tree(store.path(first))
+
+    def uses(out: Path) -> None:
+        (out / "made").write_bytes((store.path(first) / "made").read_bytes())
+
+    store.ensure(stage("top", uses, [first, stage("second", prunes)]))
+
+
 def test_the_step_says_why_it_is_taken(store: Store, events: Recorder) -> None:
     store.ensure(stage(version="1"))
     store.ensure(stage(version="2"))
