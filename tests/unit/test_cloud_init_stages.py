@@ -29,6 +29,8 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "SOCKET", str(tmp_path / "socket"))
     monkeypatch.setattr(module, "INSTANCE", str(tmp_path / "instance"))
     monkeypatch.setattr(module, "LABELS", str(tmp_path / "by-label"))
+    monkeypatch.setattr(module, "LAST_ID", str(tmp_path / "instance-id"))
+    monkeypatch.setattr(os, "sync", lambda: None)
     os.symlink("instances/gone", module.INSTANCE)
     return module
 
@@ -94,6 +96,45 @@ def test_without_a_server_a_stage_runs_the_stock_way(stages: ModuleType, monkeyp
     monkeypatch.setattr(os, "execv", lambda path, argv: calls.append((path, argv)))
     stages.ask("config")
     assert calls == [("/usr/bin/cloud-init", ["cloud-init", "modules", "--mode=config"])]
+
+
+@pytest.fixture
+def instance(stages: ModuleType, tmp_path: Path) -> Path:
+    """The folder of an instance in the middle of its first boot."""
+    folder = tmp_path / "instances/gone"
+    (folder / "sem").mkdir(parents=True)
+    (folder / "sem/config_ssh").touch()
+    Path(stages.LAST_ID).write_text("gone\n")
+    return folder
+
+
+def test_a_seed_whose_application_was_cut_off_is_applied_again(
+    stages: ModuleType, instance: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only then: what is noted has reached the disk before."""
+    stages.begin_again()
+    assert not (instance / "sem").exists() and not Path(stages.LAST_ID).exists()
+    (instance / "sem").mkdir()
+    Path(stages.LAST_ID).touch()
+    synced: list[bool] = []
+    monkeypatch.setattr(os, "sync", lambda: synced.append((instance / "applied").exists()))
+    stages.applied()
+    assert synced == [False, True]
+    stages.applied()
+    stages.begin_again()
+    assert len(synced) == 2 and (instance / "sem").exists() and Path(stages.LAST_ID).exists()
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_it_is_applied_after_the_local_stage_or_that_of_the_network(
+    stages: ModuleType, instance: Path, serve: Callable[[bool], tuple[list[str], threading.Thread]], local: bool
+) -> None:
+    serve(local)
+    assert not (instance / "sem").exists(), "it began again"
+    assert (instance / "applied").exists() is local
+    assert stages.ask("network") == 0
+    assert (instance / "applied").exists()
+    assert stages.ask("final") == 1
 
 
 @pytest.fixture
