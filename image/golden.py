@@ -351,16 +351,19 @@ def publish(result: Path, image: Recipe, out: Path) -> Path:
     data = json.loads((result / "manifest.json").read_text(encoding="utf-8"))
     target = out / image.name / str(data["image"]["version"])
     sums = (result / "SHA256SUMS").read_text(encoding="ascii")
-    with contextlib.suppress(OSError):
-        if (target / "SHA256SUMS").read_text(encoding="ascii") == sums:
+    names = [line.split("  ")[1] for line in sums.splitlines()]
+    with contextlib.suppress(OSError):  # what is not there, or was cut short, is published anew
+        sizes = all((target / name).stat().st_size == (result / name).stat().st_size for name in names)
+        if sizes and (target / "SHA256SUMS").read_text(encoding="ascii") == sums:
             return target
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     store.remove_tree(beside)
     beside.mkdir(parents=True)
     try:
-        for name in [*(line.split("  ")[1] for line in sums.splitlines()), "SHA256SUMS"]:
+        for name in [*names, "SHA256SUMS"]:
             # copies, no hard links: what a user does to out/ must not reach the store
             shutil.copyfile(result / name, beside / name)
+        os.sync()  # a power cut must leave no empty image under its name
         store.remove_tree(target)
         beside.rename(target)
     finally:

@@ -197,6 +197,13 @@ def test_publish_is_whole_or_not_at_all(
 
     golden.publish(finished, director, out)
     assert (target / "SHA256SUMS").read_bytes() == (finished / "SHA256SUMS").read_bytes()
+    image = target / "lvs-director-6.12-x.qcow2"
+    image.write_bytes(b"")  # by a power cut
+    golden.publish(finished, director, out)
+    assert image.read_bytes() == b"image"
+    image.unlink()
+    golden.publish(finished, director, out)
+    assert image.read_bytes() == b"image"
 
 
 def test_abandoned_bakes_go_and_kept_machines_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
