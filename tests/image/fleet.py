@@ -276,6 +276,14 @@ class Fleet:
         self._stacks.pop(name).close()
         del self.machines[name]
 
+    def cut(self, name: str, pattern: str) -> None:
+        """Pull a machine's plug when its console shows something; its disk has what was brought there."""
+        machine = self.machines[name]
+        machine.wait_for(pattern, SETTLED)
+        machine.kill()
+        self._stacks.pop(name).close()
+        del self.machines[name]
+
     def close(self) -> None:
         """End all machines."""
         for stack in self._stacks.values():

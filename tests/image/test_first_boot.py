@@ -523,11 +523,16 @@ PAIR = [f"== {name}: as it should be" for name in (*DIRECTORS, REAL)]
 
 @pytest.fixture(scope="module")
 def pair(fleet: Fleet) -> Fleet:
-    """The same machines, with the seed of mode vrrp at their next boot, and a backup that boots for the first time."""
+    """The same machines, with the seed of mode vrrp at their next boot, and a backup that boots for the first time.
+
+    Its power goes in the moment in which its seed is applied, so that it boots once more.
+    """
     data: dict[str, Any] = copy.deepcopy(VRRP)
     data["services"][1]["vips"] = [VIPS[1], "203.0.113.4"]
     fleet.write(data)
     fleet.stop(DIRECTOR)
+    fleet.start(BACKUP)
+    fleet.cut(BACKUP, "Started \x1b[0;1;39mcloud-init-local")
     for name in DIRECTORS:
         fleet.start(name)
     # VIPs are neighbours on the router's link now.

@@ -250,6 +250,28 @@ def test_a_port_rests_before_it_is_used_again(site: Callable[..., Site], family:
         assert port not in ports[max(0, at - 8) : at], ports
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_range_that_was_full_is_searched_again(site: Callable[..., Site], family: int) -> None:
+    """Also while there are more connections of the range before than the new one has ports."""
+    net = site(clients=0, servers=0)
+    client, server = Bare(net), Bare(net, back=True)
+    net.balance(family, "-b", locals_=1, servers=[server.address(family)])
+    net.director.ipvsadm("--set", "900", "1", "300")
+    _range(net, 5000, 5004)
+    for _ in range(5):
+        Conversation(client, server, family).open()
+    _range(net, 6000, 6001)
+    talk, other, late = (Conversation(client, server, family) for _ in range(3))
+    talk.open()
+    other.open()
+    late.say("S", seq=1, option=USUAL)
+    assert client.wire.expect(lambda p: p.is_error, "a refusal").quoted.ends == late.outside
+    talk.to_client("FA", seq=talk.there.seq, ack=talk.there.ack)
+    net.director.wait_until(lambda: len(net.director.connections()) == 6, "the end of the closed one")
+    late.open()
+    assert late.inside.sport == talk.inside.sport
+
+
 # --- a real server that remembers
 
 
