@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from kernel import build, config, develop
-from pipeline import worktree
+from pipeline import series, worktree
 from pipeline.errors import BuildError
 from pipeline.store import Stage, Store
 
@@ -265,3 +265,21 @@ def test_a_built_kernel_is_remembered(tmp_path: Path) -> None:
     assert develop.Built.load(built.save(tmp_path / "kernel.json")) == built
     with pytest.raises(BuildError, match="does not exist"):
         develop.Built.load(tmp_path / "none.json")
+
+
+def test_a_debug_run_holds_what_it_works_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run would empty the folder of the series that the first one lays, and `clean` would take it."""
+    store = Store(tmp_path / "store")
+    held: list[bool] = []
+
+    def built(_: object) -> str:
+        with store.lock("kernel-develop-series-lvs", wait=False) as ours:
+            held.append(not ours)
+        return "built"
+
+    workshop = SimpleNamespace(stage=Stage("toy", {}, lambda out: None), base=tmp_path, build=built)
+    monkeypatch.setattr(develop, "Workshop", lambda *_, **__: workshop)
+    monkeypatch.setattr(develop._Changes, "of_series", lambda *_: None)
+    monkeypatch.setattr(series, "workplace", lambda _: tmp_path / "none")
+    assert cast(str, develop.chosen(debug=True, flavour="lvs", store=store)) == "built"
+    assert held == [True]

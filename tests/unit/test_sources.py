@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline import debsrc, download, settings, sources
+from pipeline import apt, debsrc, download, run, settings, sources
 from pipeline.debsrc import Tarball
 from pipeline.download import Gone, Truncated, Unreachable, Wanted, WrongHash
 from pipeline.errors import BuildError
@@ -377,3 +379,21 @@ def test_a_small_source_really_comes_from_the_archive(store: Store) -> None:
     assert listed, "the machine's archive does not list the pinned ipvsadm"
     assert (listed[0].size, listed[0].sha256) == (pin.size, pin.sha256)
     assert found.resolve("ipvsadm").path.stat().st_size == pin.size
+
+
+def test_two_runs_do_not_fetch_indexes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share apt's lists; apt itself would refuse the second, and with nothing fetched yet that is an error."""
+    archive = debsrc.SourceArchive(tmp_path, ["trixie"])
+    asked: list[str] = []
+
+    def apt_get(words: Sequence[str], **_: Any) -> run.Result:
+        with (archive.work / "lock").open() as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        asked.append("update" if "update" in words else "indextargets")
+        return run.Result(tuple(words), 0, "", "")
+
+    monkeypatch.setattr(apt, "archives", list)
+    monkeypatch.setattr(run, "run", apt_get)
+    with pytest.raises(Unreachable):
+        _ = archive.indexes
+    assert asked == ["update", "indextargets"]
